@@ -546,7 +546,7 @@ def save_histograms(p_real, p_fake, x_real, x_fake, path):
     for axes, real, fake, low in ((left, p_real, p_fake, 0), (right, x_real, x_fake, -1)):
         for values, label in ((real, "real"), (fake, "generated")):
             values = values.float().cpu().flatten().numpy()
-            axes.hist(values, 64, (low, 1), density=True, alpha=0.55, label=label)
+            axes.hist(values, 64, range=(low, 1), density=True, alpha=0.55, label=label)
         axes.set(ylabel="density")
         axes.legend()
     left.set(xlabel="D: probability that the image is real", title=path.stem.replace("_", " "))

@@ -217,6 +217,7 @@ def main():
         fail(f"--ema {EMA}: give less than 1")
     if not ckpt and (out / "ckpt.pt").exists():
         fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
+    channels_at(IMAGE_SIZE, WIDTH)  # refuses a size before the data is prepared in it
     if SAMPLE:
         shape = ckpt["images"]
     else:

@@ -1,0 +1,243 @@
+"""What a user waits for, against what they would run instead, side by side in one run.
+
+    python tests/bench.py                       # all rows, some minutes
+    python tests/bench.py --rows dcgan batches
+    python tests/bench.py --smallest            # to see that it works: the figures mean nothing
+
+Ours and theirs take turns (A B A B ...). A row shows the medians and the ratio of the pairs, with
+its spread: above 1 where ours is better. Theirs is what tutorials do: float32, eager, BCELoss on a
+sigmoid, .item() each step, ImageFolder and DataLoader. Figures are images a second, or seconds
+where a row says so.
+"""
+import argparse
+import csv
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import dcgan  # noqa: E402
+
+DEVICE = data.pick_device()
+
+
+def timed(work):
+    """Seconds that work() takes; on CUDA by its events."""
+    if DEVICE.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def main_rate(script, folder, steps, **constants):
+    """Images a second of a script's own main(), from the last row of its log."""
+    before = script.config()
+    vars(script).update(before, OUT_DIR=str(folder), MAX_STEPS=3 * steps, LOG_EVERY=steps,
+                        SAMPLE_EVERY=0, EPOCHS=10**6, **constants)
+    try:
+        script.main()
+    finally:
+        vars(script).update(before)
+    with open(folder / "log.csv", encoding="utf-8") as file:
+        return float(list(csv.DictReader(file))[-1]["images_per_s"])
+
+
+def folder_of(images, path):
+    """Write uint8 images (N, C, H, W) as JPEG files in a class folder, for ImageFolder."""
+    (path / "class").mkdir(parents=True)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        data.picture(image).save(path / "class" / f"{i:06}.jpg", quality=90)
+    return path
+
+
+def image_folder(path, size, batch_size, workers):
+    """The loader of the tutorials."""
+    from torchvision import datasets, transforms
+
+    steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
+             transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+    images = datasets.ImageFolder(path, transforms.Compose(steps))
+    return torch.utils.data.DataLoader(images, batch_size, shuffle=True, num_workers=workers,
+                                       drop_last=True)
+
+
+def plain_dcgan(loader, steps, size=64, width=64):
+    """The DCGAN training of the tutorials: seconds for `steps` steps after a first one."""
+    G = dcgan.Generator(size, width=width).to(DEVICE)
+    D = dcgan.Discriminator(size, width=width).to(DEVICE)
+    opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
+    opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
+    bce = nn.BCELoss()
+
+    def endless():
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def step():
+        x = next(batches)[0].to(DEVICE)
+        real, fake = torch.ones(len(x), device=DEVICE), torch.zeros(len(x), device=DEVICE)
+        D.zero_grad()
+        p_real = D(x).sigmoid()
+        loss_real = bce(p_real, real)
+        loss_real.backward()
+        images = G(torch.randn(len(x), 100, device=DEVICE))
+        p_fake = D(images.detach()).sigmoid()
+        loss_fake = bce(p_fake, fake)
+        loss_fake.backward()
+        opt_D.step()
+        G.zero_grad()
+        p = D(images).sigmoid()
+        loss_G = bce(p, real)
+        loss_G.backward()
+        opt_G.step()
+        return [v.item() for v in (loss_real + loss_fake, loss_G, p_real.mean(), p_fake.mean(),
+                                   p.mean())]
+
+    step()
+    return timed(lambda: [step() for _ in range(steps)])
+
+
+def rounds(count, ours, theirs):
+    """`count` pairs of figures, A B A B."""
+    return [(ours(i), theirs(i)) for i in range(count)]
+
+
+# ---- the rows: each returns pairs of figures, ours and theirs
+
+
+def row_dcgan(tmp, small):
+    """dcgan.py: training, faces/s"""
+    size, width, batch, steps = (16, 4, 8, 1) if small else (64, 64, 128, 4)
+    steps = 50 if DEVICE.type == "cuda" and not small else steps
+    images, _ = data.load("toy-faces", size, tmp.parent)
+    loader = image_folder(folder_of(images[:2000], tmp / "faces"), size, batch, 2)
+    return rounds(
+        1 if small else 4,
+        lambda i: main_rate(dcgan, tmp / f"run{i}", steps, DATA="toy-faces", DATA_DIR=str(tmp.parent),
+                            IMAGE_SIZE=size, WIDTH=width, BATCH_SIZE=batch),
+        lambda i: steps * batch / plain_dcgan(loader, steps, size, width))
+
+
+def row_batches(tmp, small):
+    """batches of 64 px faces, from the cache"""
+    images, _ = data.load("toy-faces", 16 if small else 64, tmp.parent)
+    files = folder_of(images[:200 if small else 4000], tmp / "faces")
+    loader = image_folder(files, 16 if small else 64, 128, 2)
+
+    def ours(i):
+        seconds = timed(lambda: [x for x, _ in data.batches(images, None, 128, 0, i, DEVICE, True)])
+        return len(images) // 128 * 128 / seconds
+
+    return rounds(1 if small else 5, ours,
+                  lambda i: len(loader) * 128 / timed(lambda: [x.to(DEVICE) for x, _ in loader]))
+
+
+def row_cache(tmp, small):
+    """decoding 178x218 photos to 64 px, once"""
+    images, _ = data.load("toy-faces", 16 if small else 64, tmp.parent)
+    large = nn.functional.interpolate(images[:100 if small else 2000].float(), (218, 178))
+    files = folder_of(large.byte(), tmp / "photos")
+    loader = image_folder(files, 64, 10, 2)
+    return rounds(
+        1 if small else 3,
+        lambda i: len(large) / timed(lambda: data.load(str(files), 64, tmp / f"cache{i}")),
+        lambda i: len(large) / timed(lambda: [x for x, _ in loader]))
+
+
+def row_digits(tmp, small):
+    """batches of MNIST"""
+    from torchvision import datasets, transforms
+
+    images, labels = data.load("toy-digits", 28, tmp.parent)  # as MNIST's files: the same work
+    raw = tmp / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = struct.pack(">4I", 2051, len(images), 28, 28) + images.numpy().tobytes()
+    classes = struct.pack(">2I", 2049, len(images)) + bytes(labels.tolist())
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(classes)
+    images, labels = data.load("mnist", 28, tmp)
+    steps = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+    theirs = datasets.MNIST(tmp, transform=transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(theirs, 128, shuffle=True, num_workers=2, drop_last=True)
+    count = len(loader) * 128
+    return rounds(
+        1 if small else 5,
+        lambda i: count / timed(lambda: list(data.batches(images, labels, 128, 0, i, DEVICE))),
+        lambda i: count / timed(lambda: [x.to(DEVICE) for x, _ in loader]))
+
+
+def row_start(tmp, small):
+    """dcgan.py: seconds from start to the end of step 1, cached"""
+    size, width, batch = (16, 4, 8) if small else (64, 64, 128)
+    images, _ = data.load("toy-faces", size, tmp.parent)
+    files = folder_of(images[:200 if small else 4000], tmp / "faces")
+    flags = ["--data", str(files), "--data_dir", str(tmp), "--image_size", str(size), "--width",
+             str(width), "--batch_size", str(batch), "--max_steps", "1", "--sample_every", "0"]
+
+    def seconds(command):
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE)
+        process.stdout.readline()  # both print a line after their first step
+        taken = time.perf_counter() - began
+        process.communicate()
+        return taken
+
+    plain = [ROOT / "tests" / "bench.py", "--first_step", files, size, width, batch]
+    ours = [[ROOT / "dcgan.py", *flags, "--out_dir", tmp / f"out{i}"] for i in range(4)]
+    seconds(ours[3])  # makes the cache
+    return rounds(1 if small else 3, lambda i: seconds(ours[i]), lambda i: seconds(plain))
+
+
+ROWS = {name[4:]: row for name, row in list(globals().items()) if name.startswith("row_")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--smallest", action="store_true", help="see that every row runs")
+    parser.add_argument("--first_step", nargs=4, help=argparse.SUPPRESS)  # row_start's other side
+    args = parser.parse_args()
+    if args.first_step:
+        files, (size, width, batch) = args.first_step[0], map(int, args.first_step[1:])
+        plain_dcgan(image_folder(files, size, batch, 2), 0, size, width)
+        print("done", flush=True)
+        return
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
+    lines = [f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
+             "| | ours | theirs | ratio (spread) |", "|---|--:|--:|--:|"]
+    data.TOYS = 500 if args.smallest else data.TOYS
+    with tempfile.TemporaryDirectory() as shared:
+        for row in args.rows:
+            title = ROWS[row].__doc__
+            folder = Path(shared, row)
+            folder.mkdir()
+            pairs = ROWS[row](folder, args.smallest)
+            ours, theirs = (statistics.median(column) for column in zip(*pairs))
+            ratios = sorted(b / a if "seconds" in title else a / b for a, b in pairs)
+            lines.append(f"| {title} | {ours:,.4g} | {theirs:,.4g} | "
+                         f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
