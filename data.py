@@ -152,17 +152,23 @@ def load_mnist(size, data_dir):
                   lambda tmp: save_resized(tmp, array, size, labels))
 
 
-def load_array(path, size, cache):
-    """A .npy, or the first array of a .npz: uint8 (N, H, W, C) or (N, H, W)."""
+def read_array(path):
+    """A .npy, memory-mapped, or arr_0 of a .npz: uint8 (N, H, W, C), or (N, H, W) with C = 1."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
         if not isinstance(array, np.ndarray):
             array = array["arr_0" if "arr_0" in array else array.files[0]]
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no array that can be read: {error}") from error
+        raise ValueError(f"{path} is no array that can be read") from error
     array = array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
         raise ValueError(f"{path} is {array.dtype} {array.shape}: give uint8 (N, H, W, 1 or 3)")
+    return array
+
+
+def load_array(path, size, cache):
+    """A .npy or .npz of images."""
+    array = read_array(path)
     if array.shape[1:3] == (size, size):
         return array, None
     return cached(cache, dict(stamp(path), size=size), lambda tmp: save_resized(tmp, array, size))
@@ -170,8 +176,6 @@ def load_array(path, size, cache):
 
 def load_files(path, size, cache, suffixes=()):
     """The images of a folder, searched recursively, or of a .zip."""
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a .zip, .npy or .npz")
     made_from = dict(stamp(path), size=size, crop="centre")
     return cached(cache, made_from,
                   lambda tmp: save_decoded(tmp, path, size, suffixes, made_from["bytes"]))
@@ -190,16 +194,31 @@ def walk(folder):
     return sorted(f for f in files if not f.name.startswith("."))
 
 
-def save_decoded(tmp, path, size, suffixes, total_bytes):
-    """Decode a folder or .zip into the array file `tmp`; returns labels and unreadable files."""
+def listing(path):
+    """The names of all files in a folder or .zip, in order, and a function: name -> its bytes."""
     if path.is_dir():
         names = [f.relative_to(path).as_posix() for f in walk(path)]
-        read = lambda name: (path / name).read_bytes()
-    else:  # read in memory, so it does not matter where the paths in it point
-        archive = zipfile.ZipFile(path)
-        sizes = {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
-        names = sorted(n for n in sizes if not n.startswith("__MACOSX/"))
-        read = lambda name: archive.read(name) if sizes[name] <= BIGGEST else b""
+        return names, lambda name: (path / name).read_bytes()
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is neither a folder nor a .zip, .npy or .npz")
+    archive = zipfile.ZipFile(path)  # read in memory: it does not matter where its paths point
+    sizes = {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
+    names = sorted(n for n in sizes if not n.startswith("__MACOSX/"))
+    return names, lambda name: archive.read(name) if sizes[name] <= BIGGEST else b""
+
+
+def say_unreadable(path, unreadable, total):
+    """Name the files that were skipped, on stderr."""
+    if unreadable:
+        print(f"{path}: skipped {len(unreadable)} of {total} files as unreadable:",
+              ", ".join(unreadable[:5]) + ", ..." * (len(unreadable) > 5), file=sys.stderr)
+    if len(unreadable) == total:
+        raise ValueError(f"no readable image in {path}")
+
+
+def save_decoded(tmp, path, size, suffixes, total_bytes):
+    """Decode a folder or .zip into the array file `tmp`; returns labels and unreadable files."""
+    names, read = listing(path)
     names = [n for n in names if not suffixes or n.lower().endswith(suffixes)]
 
     def is_grey(name):
@@ -232,11 +251,7 @@ def save_decoded(tmp, path, size, suffixes, total_bytes):
                 else:
                     kept.append(name)
                     file.write(row.tobytes())
-        if unreadable:
-            print(f"skipped {len(unreadable)} of {len(names)} files as unreadable:",
-                  ", ".join(unreadable[:5]) + ", ..." * (len(unreadable) > 5), file=sys.stderr)
-        if not kept:
-            raise ValueError(f"no readable image in {path}")
+        say_unreadable(path, unreadable, len(names))
         file.seek(0)
         write_header(file, (len(kept), size, size, len(mode)))
     return folder_labels(kept), unreadable
@@ -262,12 +277,18 @@ def decode(encoded, size, mode):
     image = Image.open(io.BytesIO(encoded))
     image.draft(mode, (2 * size, 2 * size))  # a large JPEG is read at a fraction of its size
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip, not scale
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    image = to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return resize(image.convert(mode), size)
+
+
+def to_8_bits(image):
+    """Scale grey levels of 16 bits to 8; Pillow's own conversion would clip them."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
 
 
 def resize(image, size):
@@ -475,17 +496,20 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
-def clear(folder):
-    """Make a folder ready for save_images(): what that wrote there earlier goes, and no more."""
+def save_images(batches, folder):
+    """Write uint8 batches (B, C, H, W) as folder/000000.png and so on, and a grid of 64 beside it.
+
+    What an earlier call left in the folder goes, and nothing else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("[0-9]" * 6 + ".png"):
         file.unlink()
-
-
-def save_images(images, folder, first=0):
-    """Write uint8 images (N, C, H, W) as folder/000000.png and so on, counted from `first`."""
-    for i, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy(), first):
-        picture(image).save(folder / f"{i:06}.png")
+    shown, count = [], itertools.count()
+    for batch in batches:
+        shown += batch[:64 - len(shown)].cpu()
+        for image, i in zip(batch.permute(0, 2, 3, 1).cpu().numpy(), count):
+            picture(image).save(folder / f"{i:06}.png")
+    save_grid(torch.stack(shown), folder.with_suffix(".png"))
 
 
 def save_grid(images, path, columns=8):

@@ -46,6 +46,7 @@ DTYPE = "auto"          # bfloat16 or float32; auto: bfloat16 on GPUs made for i
 COMPILE = True          # torch.compile both networks (on CUDA only)
 LOG_EVERY = 50          # steps between two lines of the log
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = none
+FID = 0                 # at the end: FID of so many samples against the data; 0 = none
 RESUME = False          # go on from ckpt.pt in out_dir
 SAMPLE = 0              # do not train: write so many images, 1 or more, to out_dir/generated
 CHECKPOINT = ""         # for --sample: the checkpoint, if it is not ckpt.pt in out_dir
@@ -213,8 +214,8 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, data.pick_bfloat16(DTYPE, device))
     out = Path(OUT_DIR)
     ckpt = load(CHECKPOINT or out / "ckpt.pt") if RESUME or SAMPLE else None
-    if EMA >= 1:
-        fail(f"--ema {EMA}: give less than 1")
+    if EMA >= 1 or FID == 1:
+        fail("--ema must be less than 1, and --fid 2 or more")
     if not ckpt and (out / "ckpt.pt").exists():
         fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
     channels_at(IMAGE_SIZE, WIDTH)  # refuses a size before the data is prepared in it
@@ -247,16 +248,20 @@ def main():
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         return torch.stack([torch.randn(LATENT, generator=g) for g in generators]).to(device)
 
+    def generate(count):
+        """Yield uint8 batches of samples 0, 1, ... `count` - 1."""
+        for first in range(0, count, BATCH_SIZE):  # whole ones: last bits depend on a batch's size
+            yield data.to_uint8(ema(noise(first, BATCH_SIZE)))[:count - first]
+
     if SAMPLE:
-        data.clear(out / "generated")
-        shown = []
-        for first in range(0, SAMPLE, BATCH_SIZE):  # whole batches: last bits depend on their size
-            batch = data.to_uint8(ema(noise(first, BATCH_SIZE)))[:SAMPLE - first].cpu()
-            data.save_images(batch, out / "generated", first)
-            shown += batch[:64 - len(shown)]
-        data.save_grid(torch.stack(shown), out / "generated.png")
+        data.save_images(generate(SAMPLE), out / "generated")
         print(f"wrote {SAMPLE} images to {out / 'generated'} and a grid to {out / 'generated.png'}")
         return 0
+
+    if FID:  # now, for there is no use in training first if its weights are missing
+        import fid
+
+        inception = fid.Inception().to(device)
 
     steps_per_epoch = max(1, len(images) // BATCH_SIZE)
     total = min(EPOCHS * steps_per_epoch, MAX_STEPS or math.inf)
@@ -276,7 +281,7 @@ def main():
 
     @torch.no_grad()
     def pictures(name):
-        data.save_grid(data.to_uint8(ema(noise(0, 64))), out / "samples" / name)
+        data.save_grid(torch.cat(list(generate(64))), out / "samples" / name)
         now_G, now_D = copy.deepcopy((G, D))  # copies: BatchNorm's statistics move while training
         x, _ = next(data.batches(images, None, 512, SEED, 0, device))
         fake = now_G(noise(0, 512))
@@ -344,6 +349,11 @@ def main():
     data.save_gif(out / "samples", out / "samples.gif")
     print(f"{'stopped' if stop else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
           + "; go on with --resume" * bool(stop))
+    if FID and not stop:
+        real = fid.cached_statistics(images, inception, DATA_DIR)
+        fake = fid.statistics(generate(FID), inception)
+        distance = fid.frechet_distance(*fake, *real)
+        print(f"FID {distance:.4f} of {FID} samples against {shape[0]} images")
     return 128 + stop[0] if stop else 0
 
 

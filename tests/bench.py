@@ -131,8 +131,8 @@ def row_dcgan(tmp, small):
     loader = image_folder(folder_of(images[:2000], tmp / "faces"), size, batch, 2)
     return rounds(
         1 if small else 4,
-        lambda i: main_rate(dcgan, tmp / f"run{i}", steps, DATA="toy-faces", DATA_DIR=str(tmp.parent),
-                            IMAGE_SIZE=size, WIDTH=width, BATCH_SIZE=batch),
+        lambda i: main_rate(dcgan, tmp / f"run{i}", steps, DATA="toy-faces", IMAGE_SIZE=size,
+                            DATA_DIR=str(tmp.parent), WIDTH=width, BATCH_SIZE=batch),
         lambda i: steps * batch / plain_dcgan(loader, steps, size, width))
 
 

@@ -1,12 +1,17 @@
 """DCGAN: networks, losses, the training step against a plain one, EMA, collapse, learning."""
+import re
+
 import numpy as np
 import pytest
 import torch
 from conftest import checkpoint
+from PIL import Image
+from test_fid import Mean
 from torch import nn
 
 import data
 import dcgan
+import fid
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
@@ -119,6 +124,18 @@ def test_pictures_show_both_distributions(run, tmp_path):
     run(dcgan, tmp_path, "--max_steps", 7, "--sample_every", 1)
     for name in ("prob/epoch_0001.png", "prob/epoch_0002.png", "samples/epoch_0002.png"):
         assert (tmp_path / name).exists()
+
+
+def test_fid_at_the_end(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "Inception", lambda: Mean())
+    run(dcgan, tmp_path, "--max_steps", 2, "--fid", 20, "--data_dir", tmp_path)
+    said = re.search(r"^FID ([\d.]+) of 20 samples against 48 images", capsys.readouterr().out, re.M)
+    run(dcgan, tmp_path, "--sample", 20)
+    files = sorted((tmp_path / "generated").glob("*.png"))
+    samples = np.stack([np.asarray(Image.open(f)) for f in files])
+    cached = fid.load_statistics(next(tmp_path.glob("fid-*.npz")))
+    distance = fid.frechet_distance(*fid.statistics(samples, Mean()), *cached)
+    assert float(said[1]) == pytest.approx(distance, abs=1e-4)
 
 
 def test_it_learns(run, tmp_path):

@@ -1,0 +1,94 @@
+"""Against the packages whose place this project takes; skipped where a peer is missing."""
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_fid import inception, weights  # noqa: F401 (fixtures)
+
+import data
+import fid
+
+
+@pytest.fixture(scope="session")
+def pytorch_fid(weights):  # noqa: F811
+    """pytorch-fid's network with the same random weights, and its module of statistics."""
+    pytest.importorskip("pytorch_fid")
+    from pytorch_fid import fid_score
+    from pytorch_fid import inception as theirs
+
+    theirs.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
+    return theirs.InceptionV3([3]).eval(), fid_score
+
+
+def folder_of(images, path):
+    """Write a list of uint8 arrays as PNG files."""
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:03}.png")
+    return path
+
+
+def make_sets(kind, tmp_path):
+    """Two folders of 20 drawn faces or digits."""
+    images, _ = data.load("toy-digits" if kind == "grey" else "toy-faces", 32, tmp_path)
+    images = list(images[:40].permute(0, 2, 3, 1).numpy())
+    if kind == "grey":
+        images = [image[..., 0] for image in images]
+    if kind == "mixed sizes":
+        sizes = [(20 + i % 7, 50 - i % 5) for i in range(40)]
+        images = [np.asarray(Image.fromarray(i).resize(s)) for i, s in zip(images, sizes)]
+    return folder_of(images[:20], tmp_path / "a"), folder_of(images[20:], tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["faces", "grey", "mixed sizes"])
+def test_features_statistics_and_fid_are_pytorch_fids(kind, inception, pytorch_fid,  # noqa: F811
+                                                      tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TOYS", 40)
+    network, fid_score = pytorch_fid
+    ours, theirs = [], []
+    for folder in make_sets(kind, tmp_path):
+        files = sorted(folder.iterdir())
+        batch = 1 if kind == "mixed sizes" else 20  # theirs takes batches of one size only
+        expected = fid_score.get_activations(files, network, batch, device="cpu", num_workers=0)
+        names, read = data.listing(folder)
+        (images,) = fid.read_files(names, read, 20, folder)
+        features = inception(images).numpy()
+        assert np.linalg.norm(features - expected) < 1e-5 * np.linalg.norm(expected)
+        ours.append(fid.statistics([images], inception))
+        expected = expected.astype(np.float64)
+        theirs.append((expected.mean(0), np.cov(expected, rowvar=False)))
+        # The covariance's bound is of the second moment: where images hardly differ, as random
+        # weights see drawn digits, float32 takes their network 2e-6 from itself in float64.
+        moment = np.linalg.norm(expected.T @ expected) / len(expected)
+        for a, b, scale in zip(ours[-1], theirs[-1], (np.linalg.norm(theirs[-1][0]), moment)):
+            assert np.linalg.norm(a - b) < 1e-6 * scale
+    expected = fid.frechet_distance(*theirs[0], *theirs[1])
+    assert fid.frechet_distance(*ours[0], *ours[1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_distance_is_pytorch_fids_at_full_rank(pytorch_fid):
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(size=(400, 100)) @ rng.normal(size=(100, 100)) for _ in range(2)]
+    gaussians = [(x.mean(0), np.cov(x, rowvar=False)) for x in sets]
+    try:
+        expected = pytorch_fid[1].calculate_frechet_distance(*gaussians[0], *gaussians[1])
+    except TypeError:
+        pytest.skip("pytorch-fid's call of sqrtm does not fit this SciPy")
+    assert fid.frechet_distance(*gaussians[0], *gaussians[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_reads_our_statistics(pytorch_fid, tmp_path):
+    mu, sigma = np.arange(3.0), np.eye(3)
+    fid.save_statistics(tmp_path / "stats.npz", mu, sigma)
+    read = pytorch_fid[1].compute_statistics_of_path(str(tmp_path / "stats.npz"), None, 1, 3, "cpu")
+    assert (read[0] == mu).all() and (read[1] == sigma).all()
+
+
+def test_peers_that_ci_installs_are_there():
+    """In CI no test above may be skipped for want of its peer."""
+    import os
+
+    if os.environ.get("PEERS"):
+        assert all(importlib.util.find_spec(name) for name in os.environ["PEERS"].split())
