@@ -320,20 +320,20 @@ def save_resized(tmp, array, size, labels=None):
 def batches(images, labels, batch_size, seed, epoch, device="cpu", flip=False, start=0):
     """One epoch in batches: x, float (B, C, H, W) in [-1, 1], and y, (B,) or None, on the device.
 
-    The order, and with `flip` which half of the images is mirrored, depend on (seed, epoch) alone.
+    The order depends on (seed, epoch) alone, and so does `flip`: it mirrors half of each batch.
     start: the first so many batches are left out, as after a resume in mid-epoch. The last partial
     batch is dropped; a set smaller than a batch is one short batch.
     """
     generator = torch.Generator().manual_seed(seed * 10**7 + epoch)  # the same on every device
     order = torch.randperm(len(images), generator=generator).to(images.device)
-    mirror = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     labels = None if labels is None else labels.to(images.device)
     rows = images.permute(0, 2, 3, 1)  # as load() lays them out: an image is one piece of memory
     for i in range(start, max(1, len(images) // batch_size)):
         chosen = order[i * batch_size:(i + 1) * batch_size]
         x, y = rows.index_select(0, chosen), None if labels is None else labels[chosen]
         if flip:
-            x = torch.where(mirror[chosen][:, None, None, None], x.flip(2), x)
+            half = (len(x) + i % 2) // 2  # the order is random, so any half will do
+            x[:half] = x[:half].flip(2)
         if x.is_cpu and torch.device(device).type == "cuda":  # too large a set for the GPU: a batch
             x = x.pin_memory()                                # crosses as uint8 while the GPU works
         x, y = x.to(device, non_blocking=True), None if y is None else y.to(device)
@@ -496,7 +496,7 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
-def save_images(batches, folder):
+def save_images(batches, folder, columns=8):
     """Write uint8 batches (B, C, H, W) as folder/000000.png and so on, and a grid of 64 beside it.
 
     What an earlier call left in the folder goes, and nothing else.
@@ -509,7 +509,7 @@ def save_images(batches, folder):
         shown += batch[:64 - len(shown)].cpu()
         for image, i in zip(batch.permute(0, 2, 3, 1).cpu().numpy(), count):
             picture(image).save(folder / f"{i:06}.png")
-    save_grid(torch.stack(shown), folder.with_suffix(".png"))
+    save_grid(torch.stack(shown), folder.with_suffix(".png"), columns)
 
 
 def save_grid(images, path, columns=8):

@@ -25,8 +25,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import cgan  # noqa: E402
 import data  # noqa: E402
 import dcgan  # noqa: E402
+import fid  # noqa: E402
 
 DEVICE = data.pick_device()
 
@@ -77,10 +79,9 @@ def image_folder(path, size, batch_size, workers):
                                        drop_last=True)
 
 
-def plain_dcgan(loader, steps, size=64, width=64):
-    """The DCGAN training of the tutorials: seconds for `steps` steps after a first one."""
-    G = dcgan.Generator(size, width=width).to(DEVICE)
-    D = dcgan.Discriminator(size, width=width).to(DEVICE)
+def plain_gan(G, D, loader, steps, labelled):
+    """The training loop of the tutorials: seconds for `steps` steps after a first one."""
+    G, D = G.to(DEVICE), D.to(DEVICE)
     opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
     bce = nn.BCELoss()
@@ -92,27 +93,50 @@ def plain_dcgan(loader, steps, size=64, width=64):
     batches = endless()
 
     def step():
-        x = next(batches)[0].to(DEVICE)
+        x, y = (part.to(DEVICE) for part in next(batches))
+        y = [y] if labelled else []
         real, fake = torch.ones(len(x), device=DEVICE), torch.zeros(len(x), device=DEVICE)
         D.zero_grad()
-        p_real = D(x).sigmoid()
+        p_real = D(x, *y).sigmoid()
         loss_real = bce(p_real, real)
         loss_real.backward()
-        images = G(torch.randn(len(x), 100, device=DEVICE))
-        p_fake = D(images.detach()).sigmoid()
+        images = G(torch.randn(len(x), 100, device=DEVICE), *y)
+        p_fake = D(images.detach(), *y).sigmoid()
         loss_fake = bce(p_fake, fake)
         loss_fake.backward()
         opt_D.step()
         G.zero_grad()
-        p = D(images).sigmoid()
+        p = D(images, *y).sigmoid()
         loss_G = bce(p, real)
         loss_G.backward()
         opt_G.step()
-        return [v.item() for v in (loss_real + loss_fake, loss_G, p_real.mean(), p_fake.mean(),
-                                   p.mean())]
+        return [v.item() for v in (loss_real + loss_fake, loss_G, p_real.mean(), p_fake.mean())]
 
     step()
     return timed(lambda: [step() for _ in range(steps)])
+
+
+def plain_dcgan(loader, steps, size=64, width=64):
+    G, D = dcgan.Generator(size, width=width), dcgan.Discriminator(size, width=width)
+    return plain_gan(G, D, loader, steps, labelled=False)
+
+
+def mnist_loader(tmp, batch_size, workers):
+    """The drawn digits in MNIST's files, so that there is nothing to download, and their loader."""
+    from torchvision import datasets, transforms
+
+    images, labels = data.load("toy-digits", 28, tmp.parent)
+    raw = tmp / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = struct.pack(">4I", 2051, len(images), 28, 28) + images.numpy().tobytes()
+    classes = struct.pack(">2I", 2049, len(images)) + bytes(labels.tolist())
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(classes)
+    steps = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+    digits = datasets.MNIST(tmp, transform=transforms.Compose(steps))
+    return torch.utils.data.DataLoader(digits, batch_size, shuffle=True, num_workers=workers,
+                                       drop_last=True)
 
 
 def rounds(count, ours, theirs):
@@ -164,20 +188,8 @@ def row_cache(tmp, small):
 
 def row_digits(tmp, small):
     """batches of MNIST"""
-    from torchvision import datasets, transforms
-
-    images, labels = data.load("toy-digits", 28, tmp.parent)  # as MNIST's files: the same work
-    raw = tmp / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    pixels = struct.pack(">4I", 2051, len(images), 28, 28) + images.numpy().tobytes()
-    classes = struct.pack(">2I", 2049, len(images)) + bytes(labels.tolist())
-    for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(pixels)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(classes)
+    loader = mnist_loader(tmp, 128, workers=2)
     images, labels = data.load("mnist", 28, tmp)
-    steps = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
-    theirs = datasets.MNIST(tmp, transform=transforms.Compose(steps))
-    loader = torch.utils.data.DataLoader(theirs, 128, shuffle=True, num_workers=2, drop_last=True)
     count = len(loader) * 128
     return rounds(
         1 if small else 5,
@@ -207,6 +219,41 @@ def row_start(tmp, small):
     return rounds(1 if small else 3, lambda i: seconds(ours[i]), lambda i: seconds(plain))
 
 
+def row_cgan(tmp, small):
+    """cgan.py: training, digits/s"""
+    steps = 2 if small else 100
+    loader = mnist_loader(tmp, 128, workers=0)
+    return rounds(
+        1 if small else 5,
+        lambda i: main_rate(cgan, tmp / f"run{i}", steps, DATA="mnist", DATA_DIR=str(tmp)),
+        lambda i: steps * 128 / plain_gan(cgan.Generator(), cgan.Discriminator(), loader, steps,
+                                          labelled=True))
+
+
+def row_fid(tmp, small):
+    """fid.py: files to statistics, images/s, against pytorch-fid"""
+    try:
+        from pytorch_fid import fid_score
+        from pytorch_fid import inception as theirs
+    except ImportError:
+        return None
+    from torchvision.models.inception import Inception3
+
+    torch.save(Inception3(1008, aux_logits=False, init_weights=False).state_dict(), tmp / "w.pth")
+    theirs.load_state_dict_from_url = lambda *_, **__: torch.load(tmp / "w.pth", weights_only=True)
+    count = 4 if small else 1000 if DEVICE.type == "cuda" else 100
+    images, _ = data.load("toy-faces", 16 if small else 64, tmp.parent)
+    files = sorted((folder_of(images[:count], tmp / "faces") / "class").iterdir())
+    network, peer = fid.Inception(tmp / "w.pth").to(DEVICE), theirs.InceptionV3([3]).to(DEVICE)
+    names, read = data.listing(tmp / "faces")
+    return rounds(
+        1 if small else 3,
+        lambda i: count / timed(lambda: fid.statistics(
+            fid.read_files(names, read, 50, tmp / "faces"), network)),
+        lambda i: count / timed(lambda: fid_score.calculate_activation_statistics(
+            files, peer, 50, 2048, DEVICE, 2)))
+
+
 ROWS = {name[4:]: row for name, row in list(globals().items()) if name.startswith("row_")}
 
 
@@ -232,6 +279,9 @@ def main():
             folder = Path(shared, row)
             folder.mkdir()
             pairs = ROWS[row](folder, args.smallest)
+            if not pairs:
+                lines.append(f"| {title} | | | not installed |")
+                continue
             ours, theirs = (statistics.median(column) for column in zip(*pairs))
             ratios = sorted(b / a if "seconds" in title else a / b for a, b in pairs)
             lines.append(f"| {title} | {ours:,.4g} | {theirs:,.4g} | "

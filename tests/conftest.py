@@ -15,6 +15,8 @@ torch.set_num_threads(1)  # the nets here are too small for more, and CI machine
 
 TINY = {  # flags that make a script take milliseconds a step
     "dcgan": ["--image_size", "16", "--width", "4", "--latent", "8", "--batch_size", "8"],
+    "cgan": ["--image_size", "16", "--width", "4", "--latent", "8", "--batch_size", "8",
+             "--no-conditional"],
 }
 
 

@@ -371,6 +371,8 @@ def test_flip_mirrors_half_of_the_images():
     assert x.equal(again)
     x = torch.cat([x for x, _ in data.batches(images, None, 100, 0, 0)])
     assert (x[:, 0, :, 0] == 1).all()
+    ones = [x for x, _ in data.batches(images, None, 1, 0, 0, flip=True)]
+    assert sum((x[0, 0, 0, 1] == 1).item() for x in ones) == 500  # batches of one image, too
 
 
 def test_a_set_smaller_than_a_batch_is_one_short_batch():

@@ -18,6 +18,7 @@ import data
 from conftest import ROOT, TINY, checkpoint, command, log_rows, same
 
 SCRIPTS = [importlib.import_module(name) for name in TINY]
+EXTRA = {"dcgan": [["--image_size", "17"]], "cgan": [["--conditional"]]}  # mistakes of one alone
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda m: m.__name__)
 
 
@@ -260,7 +261,7 @@ def test_user_mistakes_are_one_line_with_status_2(script, images, tmp_path):
         ["--no_such_flag", "1"], ["--batch", "3"], ["--batch_size", "abc"], ["--batch_size", "0"],
         ["--epochs", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--log_every", "0"],
         ["--beta1", "1.5"], ["--device", "nonsense"], ["--dtype", "float17"],
-        ["--image_size", "17"], ["--data", "nowhere"], ["--data", "empty"], ["--data", "file"],
+        *EXTRA[script.__name__], ["--data", "nowhere"], ["--data", "empty"], ["--data", "file"],
         ["--data", "floats.npy"], ["--data", "none.npy"], ["--out_dir", "file"],
         ["--data", "toy-digits", "--data_dir", "file"], ["--checkpoint", "x.pt"],
         ["--resume"], ["--sample", "3"], ["--sample", "0"],
@@ -338,3 +339,11 @@ def test_a_run_without_matplotlib_says_so_once(script, run, tmp_path, monkeypatc
     assert capsys.readouterr().err.count("matplotlib is not installed") == 1
     assert (tmp_path / "samples" / "epoch_0002.png").exists()
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_readme_counts_lines_right():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", readme, re.M)
+    assert {name for name, _ in rows} == {p.name for p in ROOT.glob("*.py")}
+    for name, lines in rows:
+        assert int(lines) == len((ROOT / name).read_text("utf-8").splitlines()), name

@@ -1,0 +1,124 @@
+"""CGAN: conditioning in both networks, labels asked for, the step against a plain one."""
+import numpy as np
+import pytest
+import torch
+from conftest import checkpoint, same
+from PIL import Image
+from torch import nn
+
+import cgan
+import data
+
+DIGITS = ["--conditional", "--image_size", "28", "--batch_size", "64", "--width", "32",
+          "--log_every", "100"]
+
+
+@pytest.mark.parametrize("shape, classes", [((1, 28, 28), 10), ((3, 16, 16), 3), ((1, 9, 9), 0)])
+def test_shapes_and_where_the_label_enters(shape, classes):
+    G, D = cgan.Generator(shape, classes, 20, 8), cgan.Discriminator(shape, classes, 8)
+    y = torch.randint(0, max(classes, 1), (4,))
+    images = G(torch.randn(4, 20), y)
+    assert images.shape == (4, *shape) and images.abs().max() <= 1
+    assert D(images, y).shape == (4,)
+    assert G.layers[0].in_features == 20 + classes
+    assert D.layers[0].in_features == images[0].numel() + classes
+
+
+def test_the_label_is_joined_one_hot():
+    x = torch.randn(3, 5)
+    joined = cgan.join(x, torch.tensor([2, 0, 1]), 4)
+    assert joined[:, :5].equal(x)
+    assert joined[:, 5:].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0]]
+    assert cgan.join(x, None, 0) is x  # the vanilla GAN
+
+
+def test_both_networks_heed_the_label():
+    torch.manual_seed(0)
+    G, D = cgan.Generator(width=8).eval(), cgan.Discriminator(width=8).eval()
+    z, x = torch.randn(1, 100).repeat(10, 1), torch.randn(1, 1, 28, 28).repeat(10, 1, 1, 1)
+    y = torch.arange(10)
+    assert len({image.numpy().tobytes() for image in G(z, y).detach()}) == 10
+    assert len(set(D(x, y).tolist())) == 10
+
+
+def test_losses_are_binary_cross_entropy():
+    real, fake = torch.randn(2, 50, dtype=torch.float64)
+    bce = nn.BCELoss()
+    ones, zeros = torch.ones_like(real), torch.zeros_like(fake)
+    torch.testing.assert_close(cgan.loss_d(real, fake),
+                               bce(real.sigmoid(), ones) + bce(fake.sigmoid(), zeros))
+    torch.testing.assert_close(cgan.loss_g(fake), bce(fake.sigmoid(), ones))
+
+
+def test_training_is_that_of_a_plain_loop(run, tmp_path, monkeypatch):
+    """Three steps by main() end where the textbook loop ends from the same start."""
+    monkeypatch.setattr(cgan.nn, "Dropout", lambda p: nn.Identity())
+    run(cgan, tmp_path, *DIGITS, "--max_steps", 3, "--batch_size", 16, "--ema", 0, "--latent", 8,
+        "--data_dir", tmp_path, data="toy-digits")
+    torch.manual_seed(0)
+    G, D = cgan.Generator((1, 28, 28), 10, 8, 32), cgan.Discriminator((1, 28, 28), 10, 32)
+    opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
+    opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
+    bce, (images, labels) = nn.BCEWithLogitsLoss(), data.load("toy-digits", 28, tmp_path)
+    for step, (x, y) in zip(range(3), data.batches(images, labels, 16, 0, 0)):
+        torch.manual_seed(step)
+        fake = G(torch.randn(16, 8), y)
+        opt_D.zero_grad()
+        (bce(D(x, y), torch.ones(16)) + bce(D(fake.detach(), y), torch.zeros(16))).backward()
+        opt_D.step()
+        opt_G.zero_grad()
+        bce(D(fake, y), torch.ones(16)).backward()
+        opt_G.step()
+    ckpt = checkpoint(tmp_path)
+    for net, name in ((G, "G"), (D, "D")):
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(ckpt[name][key], value, rtol=1e-3, atol=5e-5)
+
+
+def test_conditional_resume_is_exact(run, tmp_path):
+    flags = [*DIGITS, "--data_dir", tmp_path]
+    run(cgan, tmp_path / "a", *flags, "--max_steps", 9, data="toy-digits")
+    run(cgan, tmp_path / "b", *flags, "--max_steps", 4, data="toy-digits")
+    run(cgan, tmp_path / "b", *flags, "--resume", "--max_steps", 9)
+    assert same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_digits_on_demand(run, tmp_path):
+    """After some training on drawn digits the label decides what is drawn; a nearest mean tells."""
+    run(cgan, tmp_path, *DIGITS, "--max_steps", 300, "--lr", 1e-3, "--sample_every", 1,
+        "--data_dir", tmp_path, data="toy-digits")
+    digits, labels = data.load("toy-digits", 28, tmp_path)
+    means = torch.stack([digits[labels == c].flatten(1).float().mean(0) for c in range(10)])
+
+    def read(*flags):
+        run(cgan, tmp_path, "--sample", 60, *flags)
+        files = sorted((tmp_path / "generated").glob("*.png"))
+        x = torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in files])).flatten(1)
+        return torch.cdist(x.float(), means).argmin(1)
+
+    assert (read() == torch.arange(60) % 10).float().mean() > 0.6  # chance is 0.1
+    assert (read("--label", "7") == 7).float().mean() > 0.6
+    assert (read("--label", "2,0,2,6") == torch.tensor([2, 0, 2, 6] * 15)).float().mean() > 0.6
+    assert Image.open(tmp_path / "generated.png").size[0] == 4 * 30 + 2  # a column for each
+    assert Image.open(tmp_path / "samples" / "epoch_0002.png").size == (302, 302)
+    for wrong in ("10", "-1", "x", "1,,2"):
+        with pytest.raises(ValueError, match="--label"):
+            read("--label", wrong)
+
+
+def test_classes_come_from_the_data(run, tmp_path):
+    for i, name in enumerate(("cat", "dog", "owl")):
+        folder = tmp_path / "pets" / name
+        folder.mkdir(parents=True)
+        for j in range(6):
+            Image.new("RGB", (20, 20), (80 * i, 9 * j, 0)).save(folder / f"{j}.png")
+    flags = ["--max_steps", 2, "--data_dir", tmp_path]
+    run(cgan, tmp_path / "out", "--conditional", *flags, data=tmp_path / "pets")
+    assert checkpoint(tmp_path / "out")["classes"] == 3
+    with pytest.raises(ValueError, match="3 classes"):
+        run(cgan, tmp_path / "out", "--sample", 3, "--label", "3")
+    run(cgan, tmp_path / "plain", "--no-conditional", *flags, data=tmp_path / "pets")
+    with pytest.raises(ValueError, match="0 classes"):
+        run(cgan, tmp_path / "plain", "--sample", 3, "--label", "0")
+    with pytest.raises(ValueError, match="--conditional"):
+        run(cgan, tmp_path / "plain", "--resume", "--conditional")
