@@ -174,7 +174,7 @@ class Discriminator(nn.Module):
         sizes = [math.prod(shape) + classes, 4 * width, 4 * width, 4 * width]
         layers = []
         for a, b in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(a, b), nn.LeakyReLU(0.2, True), nn.Dropout(0.3)]
+            layers += [nn.Linear(a, b), nn.LeakyReLU(0.2, True)]  # no dropout: see README.md
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
     def forward(self, x, y):
@@ -220,6 +220,10 @@ def main():
             fail(f"{DATA} has no classes (a folder of images for each): give --no-conditional")
         labels = labels if CONDITIONAL else None
         classes = int(labels.max()) + 1 if CONDITIONAL else 0
+        if min(BATCH_SIZE, len(images)) < 2:
+            fail("BatchNorm needs batches of two images or more")
+    if LABEL and not SAMPLE:
+        fail("--label goes with --sample")
     asked = [int(c) if c.isdecimal() else -1 for c in LABEL.split(",")] if LABEL else range(classes)
     if not all(0 <= c < classes for c in asked):
         fail(f"--label {LABEL}: the checkpoint has {classes} classes, counted from 0")
@@ -233,8 +237,11 @@ def main():
     opt_D = torch.optim.Adam(D.parameters(), **adam, fused=True)
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
     if ckpt:
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(ckpt[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError("the checkpoint does not fit these networks or classes") from error
         for group in opt_G.param_groups + opt_D.param_groups:
             group.update(adam)  # a flag given now wins over the checkpoint
 
@@ -293,8 +300,10 @@ def main():
         data.save_histograms(p_real, p_fake, x, fake, out / "prob" / name)
         data.save_curves(out / "log.csv", out / "loss.png")
 
+    if not ckpt:
+        checkpoint()  # claims the folder, and finds out now if the disk is full
     stop = data.catch_signals()
-    compiled = COMPILE and device.type == "cuda"
+    compiled = data.pick_compile(COMPILE, device)
     fast_G, fast_D = (torch.compile(G), torch.compile(D)) if compiled else (G, D)
     weights_G = list(G.parameters())
     pairs = zip(ema.state_dict().values(), G.state_dict().values())
@@ -346,10 +355,11 @@ def main():
                 saved_at = time.time()
 
         epoch, rest = divmod(step, steps_per_epoch)
+        checkpoint()
         if SAMPLE_EVERY and (step >= total or not rest and epoch % SAMPLE_EVERY == 0):
             pictures(f"epoch_{epoch + bool(rest):04}.png")
-        checkpoint()
 
+    data.release_signals()
     data.save_gif(out / "samples", out / "samples.gif")
     print(f"{'stopped' if stop else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
           + "; go on with --resume" * bool(stop))
@@ -367,6 +377,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ A user's mistake raises ValueError or OSError with a message that says what to d
 import csv
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -83,9 +84,9 @@ def cached(path, made_from, make):
     beside = path.with_suffix(".json")
     try:
         notes = json.loads(beside.read_text("utf-8"))
-        if made_from in (None, notes["made_from"]):
+        if notes["made_from"] == made_from:
             return np.load(path, mmap_mode="c"), notes["labels"]  # c: torch wants it writable
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError):
         pass  # not there, or not whole: make it
     print(f"preparing {path} (once)", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def load_celeba(size, data_dir):
     cache, home = data_dir / f"celeba{size}.npy", data_dir / "celeba"
     found = [p for p in (home / "img_align_celeba", home / "img_align_celeba.zip") if p.exists()]
     if not found and cache.exists():
-        return cached(cache, None, None)  # a cache that was brought here without its source
+        return read_array(cache), None  # a cache that was brought here without its source
     if not found:
         from torchvision.datasets.utils import check_md5  # slow to import: only where it is used
 
@@ -142,8 +143,8 @@ def load_mnist(size, data_dir):
 
     try:
         digits = MNIST(str(data_dir), download=True)
-    except RuntimeError as error:
-        raise OSError(f"cannot download MNIST ({error}): put its files into "
+    except (RuntimeError, ValueError, AssertionError) as error:  # no network, or damaged files
+        raise OSError(f"cannot get MNIST ({error}): put its files anew into "
                       f"{data_dir / 'MNIST' / 'raw'}, or try --data toy-digits") from error
     array, labels = digits.data.numpy()[..., None], digits.targets.tolist()
     if size == array.shape[1]:
@@ -182,16 +183,23 @@ def load_files(path, size, cache, suffixes=()):
 
 
 def stamp(path):
-    """What tells the states of a file or folder apart: path, number, sizes, latest change."""
-    states = [os.stat(f) for f in (walk(path) if path.is_dir() else [path])]
-    return dict(source=str(path.resolve()), files=len(states), bytes=sum(s.st_size for s in states),
-                time=max((s.st_mtime_ns for s in states), default=0))
+    """What tells the states of a file or folder apart: names, sizes and times of its files."""
+    files = walk(path) if path.is_dir() else [path]
+    states = [(str(f.relative_to(path)), os.stat(f)) for f in files]
+    digest = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, s in states]).encode())
+    return dict(source=str(path.resolve()), files=len(files), state=digest.hexdigest(),
+                bytes=sum(s.st_size for _, s in states))
 
 
 def walk(folder):
-    """All files below a folder, hidden ones aside, in the order of their names."""
+    """All files below a folder, hidden ones and links to nothing aside, in the order of names."""
     files = (Path(top, f) for top, _, names in os.walk(folder, followlinks=True) for f in names)
-    return sorted(f for f in files if not f.name.startswith("."))
+    return sorted(f for f in files if not is_hidden(f.relative_to(folder)) and f.exists())
+
+
+def is_hidden(path):
+    """.DS_Store, .ipynb_checkpoints/a.png, __MACOSX/a.png and the like."""
+    return any(part.startswith(".") and part != ".." or part == "__MACOSX" for part in path.parts)
 
 
 def listing(path):
@@ -199,11 +207,12 @@ def listing(path):
     if path.is_dir():
         names = [f.relative_to(path).as_posix() for f in walk(path)]
         return names, lambda name: (path / name).read_bytes()
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a .zip, .npy or .npz")
-    archive = zipfile.ZipFile(path)  # read in memory: it does not matter where its paths point
+    try:
+        archive = zipfile.ZipFile(path)  # read in memory: it does not matter where its paths point
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no folder, whole .zip, .npy or .npz") from error
     sizes = {i.filename: i.file_size for i in archive.infolist() if not i.is_dir()}
-    names = sorted(n for n in sizes if not n.startswith("__MACOSX/"))
+    names = sorted(n for n in sizes if not is_hidden(Path(n)))
     return names, lambda name: archive.read(name) if sizes[name] <= BIGGEST else b""
 
 
@@ -337,7 +346,8 @@ def batches(images, labels, batch_size, seed, epoch, device="cpu", flip=False, s
         if x.is_cpu and torch.device(device).type == "cuda":  # too large a set for the GPU: a batch
             x = x.pin_memory()                                # crosses as uint8 while the GPU works
         x, y = x.to(device, non_blocking=True), None if y is None else y.to(device)
-        yield x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1), y
+        x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        yield x.contiguous() if x.device.type == "mps" else x, y  # see best_layout()
 
 
 # ---- toy sets, drawn here: for a first run and for tests, without a download
@@ -586,22 +596,23 @@ class Log:
 
     def __init__(self, path, columns, step, seconds):
         self.path, self.columns, self.step, rows = path, columns, step, []
-        self.last, self.began = time.time(), time.time() - seconds
+        self.last, self.began = time.perf_counter(), time.perf_counter() - seconds
         if step and path.exists():
             with open(path, encoding="utf-8", newline="") as file:
-                rows = [r for r in csv.reader(file) if r and r[0] != "step" and int(r[0]) <= step]
+                rows = [row for row in csv.reader(file) if len(row) == 4 + len(columns)]
+            rows = [row for row in rows[1:] if int(row[0]) <= step]
         with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="") as file:
             header = ["step", "epoch", "seconds", "images_per_s", *columns]
             csv.writer(file).writerows([header, *rows])
 
     def seconds(self):
         """Since the run began, the time before a resume included, between sittings not."""
-        return time.time() - self.began
+        return time.perf_counter() - self.began
 
     def write(self, step, total, epoch, batch_size, values, note=""):
         """One row: what the columns' means are since the last one."""
-        now = time.time()
-        rate = (step - self.step) * batch_size / (now - self.last)
+        now = time.perf_counter()
+        rate = (step - self.step) * batch_size / max(now - self.last, 1e-9)
         self.step, self.last = step, now
         row = [step, epoch, f"{self.seconds():.1f}", f"{rate:.1f}", *(f"{v:.6g}" for v in values)]
         with open(self.path, "a", encoding="utf-8", newline="") as file:
@@ -616,11 +627,17 @@ def catch_signals():
 
     def note(number, frame):
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        release_signals()
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return stop
+
+
+def release_signals():
+    """Ctrl-C and SIGTERM end the program again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def pick_device(name="auto"):
@@ -629,6 +646,8 @@ def pick_device(name="auto"):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
+        if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("give cuda, mps, cpu or auto")
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
@@ -644,3 +663,18 @@ def pick_bfloat16(name, device):
         raise ValueError(f"--dtype {name}: give bfloat16, float32 or auto")
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return name == "bfloat16" or name == "auto" and fast
+
+
+def pick_compile(wanted, device):
+    """--compile: whether to; only on CUDA, where Triton is installed and knows the GPU."""
+    if not wanted or device.type != "cuda":
+        return False
+    able = importlib.util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
+    if not able:
+        print("torch.compile is off: it needs Triton and a GPU of capability 7.0", file=sys.stderr)
+    return bool(able)
+
+
+def best_layout(device):
+    """How convolutions like images in memory; on MPS, BatchNorm's gradient is wrong in it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last

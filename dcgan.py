@@ -228,7 +228,7 @@ def main():
             fail(f"{DATA} is {shape} now; the checkpoint was trained on {ckpt['images']}")
 
     torch.manual_seed(SEED)
-    layout = dict(device=device, memory_format=torch.channels_last)  # what convolutions like best
+    layout = dict(device=device, memory_format=data.best_layout(device))
     G = Generator(IMAGE_SIZE, shape[1], LATENT, WIDTH).to(**layout)
     D = Discriminator(IMAGE_SIZE, shape[1], WIDTH).to(**layout)
     ema = copy.deepcopy(G).eval().requires_grad_(False)  # the generator that we sample from
@@ -237,8 +237,11 @@ def main():
     opt_D = torch.optim.Adam(D.parameters(), **adam, fused=True)
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
     if ckpt:
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(ckpt[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError("the checkpoint does not fit these networks or classes") from error
         for group in opt_G.param_groups + opt_D.param_groups:
             group.update(adam)  # a flag given now wins over the checkpoint
 
@@ -289,8 +292,10 @@ def main():
         data.save_histograms(p_real, p_fake, x, fake, out / "prob" / name)
         data.save_curves(out / "log.csv", out / "loss.png")
 
+    if not ckpt:
+        checkpoint()  # claims the folder, and finds out now if the disk is full
     stop = data.catch_signals()
-    compiled = COMPILE and device.type == "cuda"
+    compiled = data.pick_compile(COMPILE, device)
     fast_G, fast_D = (torch.compile(G), torch.compile(D)) if compiled else (G, D)
     weights_G = list(G.parameters())
     pairs = zip(ema.state_dict().values(), G.state_dict().values())
@@ -342,10 +347,11 @@ def main():
                 saved_at = time.time()
 
         epoch, rest = divmod(step, steps_per_epoch)
+        checkpoint()
         if SAMPLE_EVERY and (step >= total or not rest and epoch % SAMPLE_EVERY == 0):
             pictures(f"epoch_{epoch + bool(rest):04}.png")
-        checkpoint()
 
+    data.release_signals()
     data.save_gif(out / "samples", out / "samples.gif")
     print(f"{'stopped' if stop else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
           + "; go on with --resume" * bool(stop))
@@ -363,6 +369,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,7 @@ statistics (mu, sigma), celeba or mnist. As a library:
 import argparse
 import hashlib
 import io
+import math
 import os
 import sys
 import time
@@ -110,6 +111,8 @@ class Inception(inception.Inception3):
 
     def forward(self, images):
         parts = images if isinstance(images, (list, tuple)) else [images]
+        if any(part.dtype != torch.uint8 for part in parts):
+            raise ValueError(f"Inception takes uint8 images, 0 to 255, not {parts[0].dtype}")
         device = self.Conv2d_1a_3x3.conv.weight.device
         # deviation 4: resized without antialiasing, to [-1, 1]
         parts = [F.interpolate(part.to(device).float() / 255, (299, 299), mode="bilinear")
@@ -186,7 +189,8 @@ def sampling_bias(sigma, n1, n2):
 
     To first order in 1/n, for Gaussians: the means contribute tr(sigma) (1/n1 + 1/n2). With D the
     error of a covariance, E D_ij^2 = (l_i l_j + [i = j] l_i^2) / n in sigma's eigenvectors, and the
-    distance of covariances is sum_ij D_ij^2 / (2 (l_i + l_j)) to second order in D.
+    distance of covariances is sum_ij D_ij^2 / (2 (l_i + l_j)) to second order in D. Below some
+    thousand images the eigenvalues of a sample are too few and the result is too small.
     """
     values = np.linalg.eigvalsh(sigma).clip(1e-12)
     pairs = np.outer(values, values) / np.add.outer(values, values)
@@ -228,14 +232,17 @@ def load_statistics(path):
 # ---- inputs
 
 
-def read_images(name, args):
-    """An iterator of batches for statistics(), and how many images it holds at most.
+def open_input(name, args):
+    """Known statistics, or None, an iterator of batches for statistics() and how many images.
 
     Images of one size are a uint8 batch, mixed sizes a list, to be resized one by one.
     """
     import data
 
     path = Path(name).expanduser()
+    known = load_statistics(path) if path.suffix == ".npz" and path.exists() else None
+    if known:
+        return known, None, 0
     if name in ("celeba", "mnist"):  # through data.py, so that both sides get the same crop
         size = args.image_size or (64 if name == "celeba" else 28)
         images, _ = data.load(name, size, args.data_dir)
@@ -249,9 +256,10 @@ def read_images(name, args):
             print(f"warning: {name} holds JPEG files: if these are generated images, write PNG, "
                   "for JPEG changes FID", file=sys.stderr)
         chosen = subset(len(names), args, name)
-        return read_files([names[i] for i in chosen], read, args.batch_size, path), len(chosen)
+        chosen_names = [names[i] for i in chosen]
+        return None, read_files(chosen_names, read, args.batch_size, path), len(chosen)
     chosen = subset(len(images), args, name)
-    return (images[some] for some in chosen.split(args.batch_size)), len(chosen)
+    return None, (images[some] for some in chosen.split(args.batch_size)), len(chosen)
 
 
 def subset(total, args, name):
@@ -340,25 +348,23 @@ def main():
 
     import data
 
+    inputs = [open_input(name, args) for name in args.inputs]  # a mistake in the second shows now
     network, gaussians, numbers = None, [], []
-    for name in args.inputs:
-        known = load_statistics(name) if name.endswith(".npz") and Path(name).exists() else None
+    for name, (known, batches, total) in zip(args.inputs, inputs):
         if known:
             gaussians.append(known)
+            numbers.append(math.inf)  # of how many images, the file does not say
             continue
-        batches, total = read_images(name, args)
         network = network or Inception(args.weights).to(data.pick_device(args.device))
-        batches = watched(batches, name, total, numbers)
-        gaussians.append(statistics(batches, network))
+        gaussians.append(statistics(watched(batches, name, total, numbers), network))
     if args.save:
         save_statistics(args.save, *gaussians[0])
         return
     distance = frechet_distance(*gaussians[0], *gaussians[1])
-    if numbers and min(numbers) < 10_000:
-        bias = sampling_bias(gaussians[-1][1], numbers[0], numbers[-1])
-        print(f"warning: FID of {' and '.join(f'{n:,}' for n in numbers)} images is biased: about "
-              f"{bias:.2g} even between equal distributions; compare it only with FIDs of as many",
-              file=sys.stderr)
+    if min(numbers) < 10_000:
+        _, sigma = gaussians[numbers.index(max(numbers))]
+        print(f"warning: so few images bias FID upwards, by {sampling_bias(sigma, *numbers):.2g} "
+              "or more; compare it only with FIDs of as many images", file=sys.stderr)
     print(f"FID {distance:.4f}")
 
 
@@ -367,6 +373,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import sys
 import zipfile
 import zlib
 
@@ -119,6 +120,8 @@ def test_a_cache_alone_serves(tmp_path):
     source = zipped(tmp_path / "celeba" / "img_align_celeba.zip", FACES)
     images, _ = data.load("celeba", 16, tmp_path)
     source.unlink()
+    assert data.load("celeba", 16, tmp_path)[0].equal(images)
+    (tmp_path / "celeba16.json").unlink()  # as when the array alone was copied here
     assert data.load("celeba", 16, tmp_path)[0].equal(images)
 
 
@@ -269,16 +272,47 @@ def test_the_cache_is_used_until_its_source_changes(tmp_path, monkeypatch):
     data.load(str(folder), 16, tmp_path)
     assert len(made) == 2
     cache = next(tmp_path.glob("a-*.npy"))
-    cache.write_bytes(cache.read_bytes()[:-5])  # half a file, as no run of ours leaves one
-    made.clear()
-    assert len(data.load(str(folder), 16, tmp_path)[0]) == 2 and len(made) == 2
+    for half in (cache.read_bytes()[:-5], b""):  # as no run of ours leaves it
+        cache.write_bytes(half)
+        made.clear()
+        assert len(data.load(str(folder), 16, tmp_path)[0]) == 2 and len(made) == 2
+
+
+def test_a_file_that_moves_to_another_class_takes_its_label_along(tmp_path):
+    folder = write(tmp_path / "a", {f"{c}/{i}.png": photo("red", kind="PNG")
+                                    for c in ("cat", "dog") for i in range(2)})
+    assert data.load(str(folder), 16, tmp_path)[1].tolist() == [0, 0, 1, 1]
+    (folder / "cat" / "1.png").rename(folder / "dog" / "3.png")
+    assert data.load(str(folder), 16, tmp_path)[1].tolist() == [0, 1, 1, 1]
+
+
+def test_hidden_folders_dangling_links_and_damaged_archives(tmp_path):
+    folder = write(tmp_path / "a", {"x/1.png": photo("red", kind="PNG"), ".git/y.png": b"hidden",
+                                    "x/.ipynb_checkpoints/1.png": photo("red", kind="PNG")})
+    if sys.platform != "win32":
+        (folder / "x" / "link.png").symlink_to("nowhere.png")
+    assert len(data.load(str(folder), 16, tmp_path)[0]) == 1
+    archive = zipped(tmp_path / "a.zip", {"1.png": photo("red", kind="PNG"), ".a/2.png": b"hidden"})
+    assert len(data.load(str(archive), 16, tmp_path)[0]) == 1
+    whole = archive.read_bytes()
+    for damaged in (whole[:-30], whole[:-60] + bytes(38) + whole[-22:]):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match="a.zip"):
+            data.load(str(archive), 16, tmp_path)
+
+
+def test_damaged_mnist_files_are_one_message(tmp_path):
+    write(tmp_path / "MNIST" / "raw", {
+        f"{part}-{kind}-ubyte": b"" for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")})
+    with pytest.raises(OSError, match="put its files anew"):
+        data.load("mnist", 28, tmp_path)
 
 
 def test_the_cache_is_mapped_and_never_written_to(tmp_path):
     folder = write(tmp_path / "a", {"1.png": photo((9, 9, 9), kind="PNG")})
     data.load(str(folder), 16, tmp_path)
-    array, _ = data.cached(next(tmp_path.glob("*.npy")), None, None)
-    assert isinstance(array, np.memmap)
+    assert isinstance(data.read_array(next(tmp_path.glob("*.npy"))), np.memmap)
     images, _ = data.load(str(folder), 16, tmp_path)
     images += 1
     assert data.load(str(folder), 16, tmp_path)[0].unique().tolist() == [9]

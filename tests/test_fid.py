@@ -164,8 +164,8 @@ class Features(torch.nn.Module):
     def forward(self, images):
         return torch.randn(len(images), 2048)
 torch.set_num_threads(1)
-one = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
-for count in (20, 200):
+one = torch.zeros(500, 3, 8, 8, dtype=torch.uint8)
+for count in (4, 40):
     fid.statistics((one for _ in range(count)), Features())
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -197,6 +197,8 @@ def test_cached_statistics_are_for_the_same_images_and_weights_only(tmp_path, mo
 
 def test_features(inception):
     colour = torch.randint(0, 256, (3, 3, 40, 30), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="uint8"):
+        inception(colour / 127.5 - 1)  # what a generator gives
     features = inception(colour)
     assert features.shape == (3, 2048) and features.isfinite().all() and features.std() > 0.1
     grey = colour[:, :1]
@@ -282,7 +284,7 @@ def test_every_kind_of_input_gives_the_same_number(command, sets):
 def test_what_it_says(command, sets):
     said = command(sets / "a.npy", sets / "b.npy")
     assert "12 of 12 images" in said.err and "10 of 10 images" in said.err
-    assert "biased" in said.err and "JPEG" not in said.err
+    assert "bias FID upwards" in said.err and "JPEG" not in said.err
     Image.new("RGB", (8, 8)).save(sets / "folder" / "x.jpg")
     (sets / "folder" / "y.png").write_bytes(b"")
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(sets / "folder" / "z.png")
@@ -300,6 +302,12 @@ def test_num_is_a_seeded_subset(command, sets):
     assert answer("--num", 5) != answer()
     with pytest.raises(ValueError, match="--num 11"):
         answer("--num", 11)
+
+
+def test_a_mistake_in_the_second_input_shows_before_the_first_is_worked_on(command, sets, capsys):
+    with pytest.raises(ValueError, match="nowhere"):
+        command(sets / "a.npy", sets / "nowhere")
+    assert "images/s" not in capsys.readouterr().err
 
 
 def test_named_sets_go_through_data(command, sets):

@@ -110,7 +110,7 @@ def test_resume_is_exact(script, run, tmp_path):
 def test_resume_cuts_the_log_back_to_the_checkpoint(script, run, tmp_path):
     run(script, tmp_path, "--max_steps", 8)
     with open(tmp_path / "log.csv", "a", encoding="utf-8") as file:
-        file.write("10,2" + ",0" * 6 + "\n")  # as a run leaves it that dies after its last save
+        file.write("10,2" + ",0" * 6 + "\n12,2,0")  # as a run leaves it that dies after its save
     run(script, tmp_path, "--resume", "--max_steps", 10)
     assert [row[0] for row in log_rows(tmp_path)] == ["step", "1", "2", "4", "6", "8", "10"]
 
