@@ -10,6 +10,7 @@ sigmoid, .item() each step, ImageFolder and DataLoader. Figures are images a sec
 where a row says so.
 """
 import argparse
+import contextlib
 import csv
 import statistics
 import struct
@@ -53,7 +54,8 @@ def main_rate(script, folder, steps, **constants):
     vars(script).update(before, OUT_DIR=str(folder), MAX_STEPS=3 * steps, LOG_EVERY=steps,
                         SAMPLE_EVERY=0, EPOCHS=10**6, **constants)
     try:
-        script.main()
+        with contextlib.redirect_stdout(sys.stderr):  # its log; stdout is for the table
+            script.main()
     finally:
         vars(script).update(before)
     with open(folder / "log.csv", encoding="utf-8") as file:
