@@ -113,9 +113,9 @@ class Inception(inception.Inception3):
         parts = images if isinstance(images, (list, tuple)) else [images]
         if any(part.dtype != torch.uint8 for part in parts):
             raise ValueError(f"Inception takes uint8 images, 0 to 255, not {parts[0].dtype}")
-        device = self.Conv2d_1a_3x3.conv.weight.device
+        weight = self.Conv2d_1a_3x3.conv.weight
         # deviation 4: resized without antialiasing, to [-1, 1]
-        parts = [F.interpolate(part.to(device).float() / 255, (299, 299), mode="bilinear")
+        parts = [F.interpolate(part.to(weight) / 255, (299, 299), mode="bilinear")
                  for part in parts]
         x = torch.cat([part.expand(-1, 3, -1, -1) for part in parts]) * 2 - 1
         return super().forward(x.contiguous(memory_format=torch.channels_last))

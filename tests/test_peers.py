@@ -68,6 +68,22 @@ def test_features_statistics_and_fid_are_pytorch_fids(kind, inception, pytorch_f
     assert fid.frechet_distance(*ours[0], *ours[1]) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["faces", "grey"])
+def test_covariances_are_pytorch_fids_where_rounding_plays_no_part(kind, weights,  # noqa: F811
+                                                                   pytorch_fid, tmp_path):
+    """In float64 both networks' means and covariances are the same to 1e-6, and far below."""
+    import copy
+
+    images, _ = data.load("toy-faces", 32, tmp_path)
+    images = images[:12] if kind == "faces" else images[:12, :1]
+    theirs = copy.deepcopy(pytorch_fid[0]).double()
+    with torch.no_grad():
+        expected = theirs(images.expand(-1, 3, -1, -1).double() / 255)[0][:, :, 0, 0].numpy()
+    mu, sigma = fid.statistics(images, fid.Inception(weights).double())
+    for a, b in ((mu, expected.mean(0)), (sigma, np.cov(expected, rowvar=False))):
+        assert np.linalg.norm(a - b) < 1e-6 * np.linalg.norm(b)
+
+
 def test_distance_is_pytorch_fids_at_full_rank(pytorch_fid):
     rng = np.random.default_rng(0)
     sets = [rng.normal(size=(400, 100)) @ rng.normal(size=(100, 100)) for _ in range(2)]
