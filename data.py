@@ -233,8 +233,8 @@ def save_decoded(tmp, path, size, suffixes, total_bytes):
     def is_grey(name):
         try:
             return Image.open(io.BytesIO(read(name))).mode in GREY
-        except Exception:
-            return True  # to be named below
+        except Exception:  # Pillow raises nearly anything; pixels() will name the file
+            return True
 
     def pixels(some):
         rows = []
