@@ -506,20 +506,44 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
-def save_images(batches, folder, columns=8):
+def save_images(batches, folder, columns=8, first=0):
     """Write uint8 batches (B, C, H, W) as folder/000000.png and so on, and a grid of 64 beside it.
 
-    What an earlier call left in the folder goes, and nothing else.
+    What an earlier call left in the folder goes, and nothing else, from number `first` on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("[0-9]" * 6 + ".png"):
-        file.unlink()
-    shown, count = [], itertools.count()
+    remove_images(folder, first)
+    numbers = itertools.count(first)
     for batch in batches:
-        shown += batch[:64 - len(shown)].cpu()
-        for image, i in zip(batch.permute(0, 2, 3, 1).cpu().numpy(), count):
-            picture(image).save(folder / f"{i:06}.png")
-    save_grid(torch.stack(shown), folder.with_suffix(".png"), columns)
+        for image, i in zip(batch.permute(0, 2, 3, 1).cpu().numpy(), numbers):
+            with replacing(folder / f"{i:06}.png") as tmp:
+                picture(image).save(tmp, "PNG")
+    shown = [np.asarray(Image.open(folder / f"{i:06}.png")) for i in range(min(64, next(numbers)))]
+    shown = torch.from_numpy(np.stack(shown)).view(len(shown), *shown[0].shape[:2], -1)
+    save_grid(shown.permute(0, 3, 1, 2), folder.with_suffix(".png"), columns)
+
+
+def remove_images(folder, first):
+    """What save_images() left in the folder, whole or not, from number `first` on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("[0-9]" * 6 + ".png*"):
+        if int(file.name[:6]) >= first:
+            file.unlink()
+
+
+def kept_images(folder, made_by, resume):
+    """How many images are in the folder that a resumed --sample need not make again.
+
+    made_by: a dict of what decides them; it is kept beside the folder, as a .json, to compare with
+    """
+    note = folder.with_suffix(".json")
+    if resume and note.exists():
+        if json.loads(note.read_text("utf-8")) != made_by:
+            raise ValueError(f"{folder} was made with other settings, see {note}: leave out "
+                             "--resume to make it anew")
+        return next(i for i in itertools.count() if not (folder / f"{i:06}.png").exists())
+    remove_images(folder, 0)
+    note.write_text(json.dumps(made_by), "utf-8")
+    return 0
 
 
 def save_grid(images, path, columns=8):
@@ -551,7 +575,7 @@ def plots():
     return Figure
 
 
-def save_curves(log, path):
+def save_curves(log, path, scale="linear"):
     """Plot a log.csv over its steps: losses to the left, the rest to the right."""
     with open(log, encoding="utf-8", newline="") as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
@@ -564,7 +588,7 @@ def save_curves(log, path):
     for axes, panel in zip(plot.subplots(1, len(panels), squeeze=False)[0], panels):
         for name in panel:
             axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, linewidth=1)
-        axes.set(xlabel="step", ylim=(0, None))
+        axes.set(xlabel="step", yscale=scale, ylim=(0 if scale == "linear" else None, None))
         axes.grid(alpha=0.3)
         axes.legend()
     plot.savefig(path, dpi=100)

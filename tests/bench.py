@@ -12,6 +12,7 @@ where a row says so.
 import argparse
 import contextlib
 import csv
+import math
 import statistics
 import struct
 import subprocess
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import cgan  # noqa: E402
 import data  # noqa: E402
 import dcgan  # noqa: E402
+import ddpm  # noqa: E402
 import fid  # noqa: E402
 
 DEVICE = data.pick_device()
@@ -230,6 +232,136 @@ def row_cgan(tmp, small):
         lambda i: main_rate(cgan, tmp / f"run{i}", steps, DATA="mnist", DATA_DIR=str(tmp)),
         lambda i: steps * 128 / plain_gan(cgan.Generator(), cgan.Discriminator(), loader, steps,
                                           labelled=True))
+
+
+def diffusers_unet(size, channels, settings):
+    """The U-Net that ddpm.py makes of the settings, as diffusers builds it; None without it."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return None
+    widths = [settings["CHANNELS"] * m for m in settings["MULTS"]]
+    attention = ["Attn" * (size // 2**i in settings["ATTENTION"]) for i in range(len(widths))]
+    return UNet2DModel(
+        in_channels=channels, out_channels=channels, layers_per_block=settings["BLOCKS"],
+        block_out_channels=widths, down_block_types=[f"{a}DownBlock2D" for a in attention],
+        up_block_types=[f"{a}UpBlock2D" for a in attention[::-1]], attention_head_dim=None,
+        norm_num_groups=math.gcd(128, settings["CHANNELS"]) // 4 or 1, norm_eps=1e-6,
+        flip_sin_to_cos=False, freq_shift=1, downsample_padding=0).to(DEVICE)
+
+
+def plain_ddpm(net, images, batch, steps):
+    """The training loop of the tutorials: seconds for `steps` steps after a first one.
+
+    It gets its batches from data.py: the rows on training compare networks and steps alone.
+    """
+    from diffusers import DDPMScheduler
+
+    noisy, opt = DDPMScheduler(1000), torch.optim.Adam(net.parameters(), 1e-3)
+    batches = data.batches(images, None, batch, 0, 0, DEVICE)
+
+    def step():
+        x, _ = next(batches)
+        eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=DEVICE)
+        loss = nn.functional.mse_loss(net(noisy.add_noise(x, eps, t), t).sample, eps)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss.item()
+
+    step()
+    return timed(lambda: [step() for _ in range(steps)])
+
+
+def train_ddpm(tmp, small, name, size, batch, steps):
+    """Pairs of images/s: ddpm.py with its settings for the data set, and diffusers' U-Net."""
+    settings = {**ddpm.config(), **ddpm.PRESETS.get(name, {})}
+    toys = "toy-digits" if name == "mnist" else "toy-faces"
+    if small:
+        size, batch, steps = 16, 8, 1
+        settings.update(CHANNELS=8, MULTS=(1, 2), ATTENTION=(8,))
+    images, _ = data.load(toys, size, tmp.parent)
+    peer = diffusers_unet(size, images.shape[1], settings)
+    settings.update(DATA=toys, DATA_DIR=str(tmp.parent), IMAGE_SIZE=size, BATCH_SIZE=batch)
+    constants = {k: settings[k] for k in ddpm.FIXED}
+    return peer and rounds(
+        1 if small else 3,
+        lambda i: main_rate(ddpm, tmp / f"run{i}", steps, **constants),
+        lambda i: steps * batch / plain_ddpm(peer, images, batch, steps))
+
+
+def row_ddpm(tmp, small):
+    """ddpm.py: training, digits/s, against diffusers' U-Net"""
+    return train_ddpm(tmp, small, "mnist", 28, 128, 50 if DEVICE.type == "cuda" else 5)
+
+
+def row_ddpm_faces(tmp, small):
+    """ddpm.py: training, 64 px faces/s, against diffusers' U-Net"""
+    cuda = DEVICE.type == "cuda"
+    return train_ddpm(tmp, small, "celeba", 64, 128 if cuda else 8, 30 if cuda else 3)
+
+
+def row_ddpm_lucidrains(tmp, small):
+    """ddpm.py: training, 32 px faces/s, against lucidrains' denoising-diffusion-pytorch"""
+    try:
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    except ImportError:
+        return None
+    size, batch, steps, width = (16, 8, 1, 8) if small else (32, 64, 5, 32)
+    steps = 50 if DEVICE.type == "cuda" and not small else steps
+    images, _ = data.load("toy-faces", size, tmp.parent)
+    net = GaussianDiffusion(Unet(dim=width, dim_mults=(1, 2, 4)), image_size=size).to(DEVICE)
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    batches = data.batches(images, None, batch, 0, 0, DEVICE)
+
+    def step():
+        loss = net(next(batches)[0] / 2 + 0.5)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss.item()
+
+    step()
+    constants = dict(DATA="toy-faces", DATA_DIR=str(tmp.parent), IMAGE_SIZE=size, BATCH_SIZE=batch,
+                     CHANNELS=width, ATTENTION=(8,), FLIP=False)
+    return rounds(
+        1 if small else 3,
+        lambda i: main_rate(ddpm, tmp / f"run{i}", steps, **constants),
+        lambda i: steps * batch / timed(lambda: [step() for _ in range(steps)]))
+
+
+def row_ddpm_sample(tmp, small):
+    """ddpm.py: digits sampled in 10 DDIM steps, images/s, against diffusers"""
+    settings = dict(ddpm.config(), **(dict(CHANNELS=8) if small else {}))
+    peer = diffusers_unet(28, 1, settings)
+    if not peer:
+        return None
+    from diffusers import DDIMScheduler
+
+    batch, steps = (2, 2) if small else (128 if DEVICE.type == "cuda" else 16, 10)
+    attention = [28 // 2**i in settings["ATTENTION"] for i in range(3)]
+    groups = math.gcd(128, settings["CHANNELS"]) // 4
+    net = ddpm.UNet(1, settings["CHANNELS"], (1, 2, 4), 1, attention, groups).eval()
+    net = net.to(DEVICE, memory_format=data.best_layout(DEVICE))
+    fast = torch.compile(net) if data.pick_compile(True, DEVICE) else net
+    alpha_bar, scheduler = ddpm.make_alpha_bar("linear", 1000), DDIMScheduler(1000)
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, data.pick_bfloat16("auto", DEVICE))
+    scheduler.set_timesteps(steps)
+
+    def ours():
+        with autocast:
+            return ddpm.sample(fast, torch.randn(batch, 1, 28, 28, device=DEVICE), alpha_bar,
+                               steps, "ddim")
+
+    @torch.no_grad()
+    def theirs():
+        x = torch.randn(batch, 1, 28, 28, device=DEVICE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(peer(x, t).sample, t, x).prev_sample
+        return x
+
+    ours(), theirs()
+    return rounds(1 if small else 7, lambda i: batch / timed(ours), lambda i: batch / timed(theirs))
 
 
 def row_fid(tmp, small):

@@ -17,6 +17,8 @@ TINY = {  # flags that make a script take milliseconds a step
     "dcgan": ["--image_size", "16", "--width", "4", "--latent", "8", "--batch_size", "8"],
     "cgan": ["--image_size", "16", "--width", "4", "--latent", "8", "--batch_size", "8",
              "--no-conditional"],
+    "ddpm": ["--image_size", "16", "--channels", "8", "--mults", "1", "2", "--attention", "8",
+             "--batch_size", "8", "--timesteps", "30"],
 }
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from test_fid import inception, weights  # noqa: F401 (fixtures)
 
 import data
+import ddpm
 import fid
 
 
@@ -100,6 +101,55 @@ def test_it_reads_our_statistics(pytorch_fid, tmp_path):
     fid.save_statistics(tmp_path / "stats.npz", mu, sigma)
     read = pytorch_fid[1].compute_statistics_of_path(str(tmp_path / "stats.npz"), None, 1, 3, "cpu")
     assert (read[0] == mu).all() and (read[1] == sigma).all()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm small", "ddpm large", "ddim 0", "ddim 0.5", "ddim 1"])
+@pytest.mark.parametrize("steps", [1000, 100, 8])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, sampler):
+    """The same x_s from the same x_t, eps and noise, at every step on the way from x_T to x_0."""
+    schedulers = pytest.importorskip("diffusers")
+    kind, how = sampler.split()
+    settings = dict(num_train_timesteps=1000, timestep_spacing="trailing", clip_sample=True,
+                    beta_schedule="linear" if schedule == "linear" else "squaredcos_cap_v2")
+    if kind == "ddpm":
+        theirs = schedulers.DDPMScheduler(**settings, variance_type=f"fixed_{how}")
+        way = dict(variance=how)
+    else:
+        theirs = schedulers.DDIMScheduler(**settings)
+        way = dict(sampler="ddim", eta=float(how))
+        options = dict(eta=float(how), use_clipped_model_output=True)
+    theirs.set_timesteps(steps)
+    alpha_bar = ddpm.make_alpha_bar(schedule, 1000)
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), alpha_bar[1:], rtol=1e-4, atol=1e-7)
+    theirs.alphas_cumprod = alpha_bar[1:]  # in float32, 1 - alpha_bar is 1e-3 off for small t
+
+    def draw(seed, *_):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)
+
+    seen = []
+
+    def net(x, t):
+        seen.append(t[0].item())
+        return draw(t[0].item())
+
+    path = []
+    ddpm.sample(net, draw(5000), alpha_bar, steps, **way, noise=lambda x: draw(9000), path=path)
+    assert seen == theirs.timesteps.tolist()
+    if sampler == "ddpm large" and steps < 1000:
+        path.pop()  # theirs adds noise in the last step, too, unless it starts from t = 1
+    for t, x, after in zip(seen, path, path[1:]):
+        if kind == "ddpm":  # it draws its noise itself
+            patch = pytest.MonkeyPatch()
+            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor",
+                          lambda *_, **__: draw(9000))
+            expected = theirs.step(draw(t), t, x).prev_sample
+            patch.undo()
+        else:
+            extra = dict(options, variance_noise=draw(9000)) if options["eta"] else options
+            expected = theirs.step(draw(t), t, x, **extra).prev_sample
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_peers_that_ci_installs_are_there():

@@ -18,7 +18,11 @@ import data
 from conftest import ROOT, TINY, checkpoint, command, log_rows, same
 
 SCRIPTS = [importlib.import_module(name) for name in TINY]
-EXTRA = {"dcgan": [["--image_size", "17"]], "cgan": [["--conditional"]]}  # mistakes of one alone
+EXTRA = {  # mistakes of one alone
+    "dcgan": [["--image_size", "17"]], "cgan": [["--conditional"]],
+    "ddpm": [["--image_size", "17"], ["--timesteps", "20"], ["--sample_steps", "31"],
+             ["--schedule", "straight"], ["--sampler", "euler"], ["--variance", "medium"],
+             ["--eta", "1.5"], ["--channels", "9"], ["--mults", "0"], ["--dropout", "1"]]}
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda m: m.__name__)
 
 
@@ -347,3 +351,14 @@ def test_readme_counts_lines_right():
     assert {name for name, _ in rows} == {p.name for p in ROOT.glob("*.py")}
     for name, lines in rows:
         assert int(lines) == len((ROOT / name).read_text("utf-8").splitlines()), name
+
+
+def test_readme_points_at_the_right_lines():
+    """[`name`](file.py#L7): line 7 of file.py begins the function or class; D and G are classes."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    full = {"D": "Discriminator", "G": "Generator"}
+    assert len(links) > 10
+    for name, file, number in links:
+        line = (ROOT / file).read_text("utf-8").splitlines()[int(number) - 1]
+        assert re.match(rf"(def|class) {full.get(name, name)}\b", line), (name, file, number, line)
