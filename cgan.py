@@ -63,6 +63,12 @@ FIXED = {"DATA", "IMAGE_SIZE", "LIMIT", "FLIP", "BATCH_SIZE", "LATENT", "WIDTH",
 LOCAL = {"DATA_DIR", "OUT_DIR", "MAX_STEPS", "DEVICE", "DTYPE", "COMPILE", "LOG_EVERY",
          "SAMPLE_EVERY", "RESUME", "SAMPLE", "LABEL", "CHECKPOINT"}  # never taken from a checkpoint
 
+
+def preset(given):
+    """What takes the place of constants: a data set's settings."""
+    return PRESETS.get(given.get("DATA", DATA), {})
+
+
 # ---- flags and checkpoints: the same in each script
 
 
@@ -97,10 +103,10 @@ def parse_flags(argv=None):
             if type(v) in (int, float) and not (0 < v < 2**32 or zero):
                 fail(f"--{name.lower()} {v} is out of range: {notes[name]}")
 
-    settings = {**config(), **PRESETS.get(given.get("DATA", DATA), {}), **given}
+    settings = {**config(), **preset(given), **given}
     if settings["CHECKPOINT"] and not settings["SAMPLE"]:
         fail("--checkpoint goes with --sample; --resume goes on from ckpt.pt in --out_dir")
-    if settings["RESUME"] or settings["SAMPLE"]:
+    if (settings["RESUME"] or settings["SAMPLE"]) and not settings.get("INIT_FROM"):
         saved = load(settings["CHECKPOINT"] or Path(settings["OUT_DIR"], "ckpt.pt"))["config"]
         for name in FIXED & given.keys():
             if given[name] != saved[name]:

@@ -506,44 +506,58 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
-def save_images(batches, folder, columns=8, first=0):
+def save_images(batches, folder, columns=8):
     """Write uint8 batches (B, C, H, W) as folder/000000.png and so on, and a grid of 64 beside it.
 
-    What an earlier call left in the folder goes, and nothing else, from number `first` on.
+    What an earlier call left in the folder goes, and nothing else.
     """
-    remove_images(folder, first)
-    numbers = itertools.count(first)
+    remove_images(folder, 0)
+    first = 0
     for batch in batches:
-        for image, i in zip(batch.permute(0, 2, 3, 1).cpu().numpy(), numbers):
-            with replacing(folder / f"{i:06}.png") as tmp:
-                picture(image).save(tmp, "PNG")
-    shown = [np.asarray(Image.open(folder / f"{i:06}.png")) for i in range(min(64, next(numbers)))]
+        write_images(batch, folder, first)
+        first += len(batch)
+    save_overview(folder, columns)
+
+
+def remove_images(folder, first):
+    """What write_images() left in the folder, whole or not, from number `first` on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("[0-9]" * 6 + ".png*"):
+        if int(file.name[:6]) >= first or file.suffix != ".png":
+            file.unlink()
+
+
+def write_images(batch, folder, first):
+    """Write uint8 images (B, C, H, W), the first of them as number `first`."""
+    for i, image in enumerate(batch.permute(0, 2, 3, 1).cpu().numpy(), first):
+        with replacing(folder / f"{i:06}.png") as tmp:
+            picture(image).save(tmp, "PNG")
+
+
+def save_overview(folder, columns=8):
+    """A grid of the first 64 images in the folder, beside it."""
+    shown = [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))[:64]]
     shown = torch.from_numpy(np.stack(shown)).view(len(shown), *shown[0].shape[:2], -1)
     save_grid(shown.permute(0, 3, 1, 2), folder.with_suffix(".png"), columns)
 
 
-def remove_images(folder, first):
-    """What save_images() left in the folder, whole or not, from number `first` on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("[0-9]" * 6 + ".png*"):
-        if int(file.name[:6]) >= first:
-            file.unlink()
+def keep_images(folder, count, made_by):
+    """Leave the images of an earlier call, up to number `count`, if they were made alike.
 
-
-def kept_images(folder, made_by, resume):
-    """How many images are in the folder that a resumed --sample need not make again.
-
-    made_by: a dict of what decides them; it is kept beside the folder, as a .json, to compare with
+    made_by: a dict of what decides the images; it stays beside the folder, as a .json
     """
     note = folder.with_suffix(".json")
-    if resume and note.exists():
-        if json.loads(note.read_text("utf-8")) != made_by:
-            raise ValueError(f"{folder} was made with other settings, see {note}: leave out "
-                             "--resume to make it anew")
-        return next(i for i in itertools.count() if not (folder / f"{i:06}.png").exists())
-    remove_images(folder, 0)
+    if count and note.exists() and json.loads(note.read_text("utf-8")) != made_by:
+        raise ValueError(f"{folder} was made otherwise, see {note}: leave out --resume, and it is "
+                         "made anew")
+    remove_images(folder, count if note.exists() else 0)
     note.write_text(json.dumps(made_by), "utf-8")
-    return 0
+
+
+def missing_images(folder, count, batch_size):
+    """The numbers at which those batches of images 0 ... `count` - 1 begin that are not whole."""
+    there = [(folder / f"{i:06}.png").exists() for i in range(count)]
+    return [i for i in range(0, count, batch_size) if not all(there[i:i + batch_size])]
 
 
 def save_grid(images, path, columns=8):
@@ -645,13 +659,17 @@ class Log:
         print(f"epoch {epoch}  step {step}/{total}  {shown}  {rate:.0f} images/s{note}", flush=True)
 
 
-def catch_signals():
-    """A list that fills when Ctrl-C or SIGTERM asks the run to stop; the second one ends it."""
+def catch_signals(patient=False):
+    """A list that fills when Ctrl-C or SIGTERM asks the run to stop; the second one ends it.
+
+    patient: it does not, for torchrun sends one after each Ctrl-C, and kills after 30 seconds
+    """
     stop = []
 
     def note(number, frame):
         stop.append(number)
-        release_signals()
+        if not patient:
+            release_signals()
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
@@ -669,6 +687,8 @@ def pick_device(name="auto"):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, a GPU for each process
     try:
         if name.split(":")[0] not in ("cuda", "mps", "cpu"):
             raise RuntimeError("give cuda, mps, cpu or auto")
@@ -676,6 +696,7 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}") from error
     if name.startswith("cuda"):
+        torch.cuda.set_device(name)
         torch.backends.cudnn.benchmark = True  # shapes do not change from step to step
         torch.set_float32_matmul_precision("high")
     return torch.device(name)

@@ -9,11 +9,15 @@ https://arxiv.org/abs/2010.02502) takes fewer, longer steps with the same networ
     python ddpm.py --sample 2048 --sample_steps 100              # write images, in 100 steps each
     python ddpm.py --sample 2048 --sample_steps 50 --sampler ddim
     python ddpm.py --data path/to/photos --image_size 64 --out_dir out/photos
+    python ddpm.py --init_from google/ddpm-celebahq-256 --sample 8   # with pre-trained weights
+    torchrun --nproc_per_node=4 ddpm.py --data celeba            # on four GPUs
 
 To train on a tensor of your own, use it in main() in place of what data.load() returns.
 """
 import argparse
 import copy
+import functools
+import json
 import math
 import os
 import re
@@ -22,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 # ---- config: every UPPER_CASE constant is also a flag, e.g. --timesteps 100 --mults 1 2 2 4
@@ -35,7 +39,7 @@ LIMIT = 0               # train on the first so many images only; 0 = all
 FLIP = False            # mirror images at random (on for celeba and toy-faces)
 EPOCHS = 10             # passes over the data in all, those before a resume among them
 MAX_STEPS = 0           # steps in all, if that is sooner; 0 = no limit
-BATCH_SIZE = 128        # images a step
+BATCH_SIZE = 128        # images a step, over all processes together
 LR = 1e-3               # Adam: learning rate
 BETA1 = 0.9             # Adam: decay of the gradients' mean; 0 = no memory
 BETA2 = 0.999           # Adam: decay of the mean of their squares
@@ -61,6 +65,7 @@ FID = 0                 # at the end: FID of so many samples against the data; 0
 RESUME = False          # go on from ckpt.pt in out_dir; with --sample: where that stopped
 SAMPLE = 0              # do not train: write so many images, 1 or more, to out_dir/generated
 CHECKPOINT = ""         # for --sample: the checkpoint, if it is not ckpt.pt in out_dir
+INIT_FROM = ""          # pre-trained weights: a hub repository, a folder or a file like its files
 
 PRESETS = {
     "celeba": dict(IMAGE_SIZE=64, FLIP=True, EPOCHS=100, LR=2e-4, EMA=0.9999, CHANNELS=64,
@@ -70,7 +75,19 @@ PRESETS = {
 FIXED = {"DATA", "IMAGE_SIZE", "LIMIT", "FLIP", "BATCH_SIZE", "TIMESTEPS", "SCHEDULE", "CHANNELS",
          "MULTS", "BLOCKS", "ATTENTION"}  # in a checkpoint
 LOCAL = {"DATA_DIR", "OUT_DIR", "MAX_STEPS", "DEVICE", "DTYPE", "COMPILE", "LOG_EVERY",
-         "SAMPLE_EVERY", "RESUME", "SAMPLE", "CHECKPOINT"}  # never taken from a checkpoint
+         "SAMPLE_EVERY", "RESUME", "SAMPLE", "CHECKPOINT", "INIT_FROM"}  # never from a checkpoint
+
+
+def preset(given):
+    """What takes the place of constants: a data set's settings, those of pre-trained weights."""
+    settings = PRESETS.get(given.get("DATA", DATA), {})
+    if not given.get("INIT_FROM"):
+        return settings
+    own = read_pretrained(given["INIT_FROM"])[1]
+    for name in own.keys() & given.keys() & FIXED - {"IMAGE_SIZE"}:
+        fail(f"--{name.lower()} comes with the weights of --init_from: leave the flag out")
+    return {**settings, **own}
+
 
 # ---- flags and checkpoints: the same in each script
 
@@ -106,10 +123,10 @@ def parse_flags(argv=None):
             if type(v) in (int, float) and not (0 < v < 2**32 or zero):
                 fail(f"--{name.lower()} {v} is out of range: {notes[name]}")
 
-    settings = {**config(), **PRESETS.get(given.get("DATA", DATA), {}), **given}
+    settings = {**config(), **preset(given), **given}
     if settings["CHECKPOINT"] and not settings["SAMPLE"]:
         fail("--checkpoint goes with --sample; --resume goes on from ckpt.pt in --out_dir")
-    if settings["RESUME"] or settings["SAMPLE"]:
+    if (settings["RESUME"] or settings["SAMPLE"]) and not settings.get("INIT_FROM"):
         saved = load(settings["CHECKPOINT"] or Path(settings["OUT_DIR"], "ckpt.pt"))["config"]
         for name in FIXED & given.keys():
             if given[name] != saved[name]:
@@ -153,26 +170,26 @@ def load(path):
 # ---- model: the U-Net of Ho et al. (appendix B)
 
 
-def embed_time(t, channels):
+def embed_time(t, channels, shift=1, cos_first=False):
     """Times (B,) -> (B, channels): sines, then cosines, of frequencies from 1 down to 1/10000."""
     half = channels // 2
-    frequency = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
+    frequency = torch.exp(-math.log(10000) / (half - shift) * torch.arange(half, device=t.device))
     angle = t[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()], 1)
 
 
 class ResBlock(nn.Module):
     """Two convolutions with the time added in between, past which the input skips; attention."""
 
-    def __init__(self, a, b, attention, time, groups, dropout):
+    def __init__(self, a, b, attention, time, groups, dropout=0.0, eps=1e-6, all_skips=False):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps=1e-6) for c in (a, b))
+        self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps) for c in (a, b))
         self.conv1 = nn.Conv2d(a, b, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(b, b, 3, padding=1))
         self.time = nn.Linear(time, b)
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
-        self.attention = Attention(b, groups) if attention else nn.Identity()
+        self.skip = nn.Conv2d(a, b, 1) if a != b or all_skips else nn.Identity()
+        self.attention = Attention(b, groups, eps) if attention else nn.Identity()
 
     def forward(self, x, t):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(t)[:, :, None, None]
@@ -183,9 +200,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Every pixel looks at every other one: single-head self-attention, past which x skips."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels, groups, eps=1e-6):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -199,11 +216,11 @@ class Attention(nn.Module):
 class Downsample(nn.Conv2d):
     """Half the size: a convolution of stride 2, with zeros to the right and below."""
 
-    def __init__(self, channels):
-        super().__init__(channels, channels, 3, stride=2)
+    def __init__(self, channels, symmetric=False):
+        super().__init__(channels, channels, 3, stride=2, padding=int(symmetric))
 
     def forward(self, x, t):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Conv2d):
@@ -227,20 +244,23 @@ class UNet(nn.Module):
     channels, mults: level i has channels * mults[i], at 1 / 2**i of the image's size
     blocks: residual blocks a level on the way down, one more on the way up
     attention: for each level, whether its blocks have attention; the middle has it always
-    groups: of GroupNorm; must divide channels
+    groups, eps: of GroupNorm; groups must divide channels
+    shift, cos_first, symmetric, all_skips: how public weights may differ in embed_time, in
+        Downsample's padding, and in skips of blocks that leave the number of channels as it is
     """
 
     def __init__(self, in_channels=1, channels=32, mults=(1, 2, 4), blocks=1,
-                 attention=(False, False, True), groups=8, dropout=0.0):
+                 attention=(False, False, True), groups=8, dropout=0.0, eps=1e-6,
+                 shift=1, cos_first=False, symmetric=False, all_skips=False):
+        self.args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.channels, self.multiple = channels, 2 ** (len(mults) - 1)
         widths = [channels * m for m in mults]
         time = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, time), nn.SiLU(), nn.Linear(time, time))
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
 
         def block(a, b, attention):
-            return ResBlock(a, b, attention, time, groups, dropout)
+            return ResBlock(a, b, attention, time, groups, dropout, eps, all_skips)
 
         self.down, a = nn.ModuleList(), channels
         skips = [a]                                                           # channels of each
@@ -250,7 +270,7 @@ class UNet(nn.Module):
                 a = b
                 skips.append(a)
             if i < len(widths) - 1:
-                self.down.append(Downsample(a))
+                self.down.append(Downsample(a, symmetric))
                 skips.append(a)
         self.middle = nn.ModuleList([block(a, a, True), block(a, a, False)])
         self.up = nn.ModuleList()
@@ -260,14 +280,16 @@ class UNet(nn.Module):
                 a = b
             if i:
                 self.up.append(Upsample(a))
-        self.norm_out = nn.GroupNorm(groups, a, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, a, eps)
         self.conv_out = zero(nn.Conv2d(a, in_channels, 3, padding=1))
 
     def forward(self, x, t):
-        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise ValueError(f"images of {x.shape[2]}x{x.shape[3]}: give multiples of "
-                             f"{self.multiple}, which this U-Net's levels can halve")
-        t = F.silu(self.time(embed_time(t, self.channels).to(x.dtype)))
+        args, multiple = self.args, 2 ** (len(self.args["mults"]) - 1)
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(f"images of {x.shape[2]}x{x.shape[3]}: give multiples of {multiple}, "
+                             "which this U-Net's levels can halve")
+        t = embed_time(t, args["channels"], args["shift"], args["cos_first"]).to(x.dtype)
+        t = F.silu(self.time(t))
         x = self.conv_in(x)
         skips = [x]
         for layer in self.down:
@@ -280,6 +302,24 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], 1)
             x = layer(x, t)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    @classmethod
+    def from_pretrained(cls, source, **override):
+        """A U-Net with public weights, in eval mode.
+
+        source: a hub repository of diffusers' UNet2DModel (google/ddpm-cifar10-32), a folder with
+            its config.json, scheduler_config.json and weights, or the file of a state dict of
+            improved-diffusion's UNetModel as DLStudio ships it
+        override: arguments in place of the source's, such as dropout
+        ValueError, OSError: there is no such thing, or it has what this U-Net does not have
+        """
+        args, _, weights = read_pretrained(str(source))
+        try:
+            net = cls(**{**args, **override})
+            net.load_state_dict(weights)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} is another network: {str(error)[:300]} ...") from error
+        return net.eval()
 
 
 def zero(layer):
@@ -360,10 +400,18 @@ def sample(net, x, alpha_bar, steps, sampler="ddpm", variance="small", eta=0.0,
 def main():
     import data  # not at the top: the network above needs nothing but torch
 
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (
+        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # as torchrun sets them
     device = data.pick_device(DEVICE)
+    if world > 1:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    barrier = distributed.barrier if world > 1 else lambda: None
     autocast = torch.autocast(device.type, torch.bfloat16, data.pick_bfloat16(DTYPE, device))
     out = Path(OUT_DIR)
-    ckpt = load(CHECKPOINT or out / "ckpt.pt") if RESUME or SAMPLE else None
+    goes_on = (RESUME or SAMPLE) and not INIT_FROM
+    ckpt = load(CHECKPOINT or out / "ckpt.pt") if goes_on else None
+    if INIT_FROM and (CHECKPOINT or RESUME and not SAMPLE):
+        fail("--init_from begins anew; to go on with such a run, leave it out")
     if EMA >= 1 or DROPOUT >= 1 or ETA > 1 or FID == 1:
         fail("--ema and --dropout must be less than 1, --eta 1 at most, and --fid 2 or more")
     for name, allowed in dict(SCHEDULE=("linear", "cosine"), SAMPLER=("ddpm", "ddim"),
@@ -378,22 +426,37 @@ def main():
         fail(f"--image_size {IMAGE_SIZE}: give a multiple of {2 ** (len(MULTS) - 1)}, for the "
              f"{len(MULTS)} levels of --mults halve it {len(MULTS) - 1} times")
     alpha_bar = make_alpha_bar(SCHEDULE, TIMESTEPS)
-    if not ckpt and (out / "ckpt.pt").exists():
+    if not ckpt and not SAMPLE and (out / "ckpt.pt").exists():
         fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
     if SAMPLE:
-        shape = ckpt["images"]
+        shape = ckpt["images"] if ckpt else None
     else:
+        if local:
+            barrier()  # one process of each machine prepares the data while the others wait
         images, _ = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT, device)
+        if not local:
+            barrier()
         shape = list(images.shape)
         if ckpt and ckpt["images"] != shape:
             fail(f"{DATA} is {shape} now; the checkpoint was trained on {ckpt['images']}")
+        if min(BATCH_SIZE, len(images)) < world:
+            fail(f"{world} processes cannot share batches of {min(BATCH_SIZE, len(images))}")
 
     torch.manual_seed(SEED)
     layout = dict(device=device, memory_format=data.best_layout(device))
     sizes = [IMAGE_SIZE // 2**i for i in range(len(MULTS))]
-    attention = [size in ATTENTION for size in sizes]
-    groups = math.gcd(128, CHANNELS) // 4 or 1  # 4 channels each, or more: one would lose the time
-    net = UNet(shape[1], CHANNELS, MULTS, BLOCKS, attention, groups, DROPOUT).to(**layout)
+    if INIT_FROM:
+        net = UNet.from_pretrained(INIT_FROM, dropout=DROPOUT).train()
+        shape = shape or [0, net.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE]
+        if shape[1] != net.args["in_channels"]:
+            fail(f"{DATA} has {shape[1]} channels, --init_from {net.args['in_channels']}")
+    else:
+        args = ckpt["unet"] if ckpt else dict(
+            in_channels=shape[1], channels=CHANNELS, mults=MULTS, blocks=BLOCKS,
+            attention=[size in ATTENTION for size in sizes],
+            groups=math.gcd(128, CHANNELS) // 4 or 1)  # 4 channels each: one would lose the time
+        net = UNet(**{**args, "dropout": DROPOUT})
+    net = net.to(**layout)
     ema = copy.deepcopy(net).eval().requires_grad_(False)  # the network that we sample with
     adam = dict(lr=LR, betas=(BETA1, BETA2))
     opt = torch.optim.Adam(net.parameters(), **adam, fused=True)
@@ -407,11 +470,11 @@ def main():
         for group in opt.param_groups:
             group.update(adam)  # a flag given now wins over the checkpoint
     compiled = data.pick_compile(COMPILE, device)
-    fast_net, fast_ema = (torch.compile(net), torch.compile(ema)) if compiled else (net, ema)
+    fast_ema = torch.compile(ema) if compiled else ema
 
     quick = dict(steps=min(50, TIMESTEPS), sampler="ddim")
     chosen = dict(steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
-    at_once = min(BATCH_SIZE, 16) if device.type == "cpu" else BATCH_SIZE
+    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128)
 
     def draw(first, count, **how):
         """Samples `first`, `first` + 1, ... as floats (count, C, H, W)."""
@@ -425,17 +488,26 @@ def main():
         with autocast:
             return sample(fast_ema, noise(), alpha_bar, noise=noise, **how)
 
-    def generate(count, first=0, **how):
-        """Yield uint8 batches of samples `first`, ... `count` - 1."""
-        for i in range(first, count, at_once):  # whole ones: last bits depend on a batch's size
-            yield data.to_uint8(draw(i, at_once, **how))[:count - i]
+    def generate(count, **how):
+        """Yield uint8 batches of samples 0, 1, ... `count` - 1."""
+        for first in range(0, count, at_once):
+            yield data.to_uint8(draw(first, at_once, **how))[:count - first]
 
     if SAMPLE:
-        made_by = dict(chosen, seed=SEED, trained=ckpt["step"], at_once=at_once)
-        kept = data.kept_images(out / "generated", made_by, RESUME)
-        first = min(kept, SAMPLE) // at_once * at_once
-        data.save_images(generate(SAMPLE, first, **chosen), out / "generated", first=first)
-        print(f"wrote {SAMPLE} images to {out / 'generated'} and a grid to {out / 'generated.png'}")
+        folder, trained = out / "generated", ckpt["step"] if ckpt else INIT_FROM
+        if rank == 0:
+            made_by = dict(chosen, seed=SEED, trained=trained, at_once=at_once)
+            data.keep_images(folder, SAMPLE if RESUME else 0, made_by)
+        barrier()
+        firsts = data.missing_images(folder, SAMPLE, at_once)
+        barrier()
+        for first in firsts[rank::world]:
+            batch = data.to_uint8(draw(first, at_once, **chosen))
+            data.write_images(batch[:SAMPLE - first], folder, first)
+        barrier()
+        if rank == 0:
+            data.save_overview(folder)
+            print(f"wrote {SAMPLE} images to {folder} and a grid to {folder}.png")
         return 0
 
     if FID:  # now, for there is no use in training first if its weights are missing
@@ -448,17 +520,34 @@ def main():
     # sums since the log's last row: steps, loss; loss and images by quarter of t
     step, seconds, sums = 0, 0.0, torch.zeros(10, device=device)
     if ckpt:
-        step, seconds, sums = ckpt["step"], ckpt["seconds"], ckpt["sums"].to(device)
+        step, seconds, sums = ckpt["step"], ckpt["seconds"], ckpt["sums"].to(device) * (rank == 0)
     out.mkdir(parents=True, exist_ok=True)
     names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
-    log = data.Log(out / "log.csv", names, step, seconds)
+    log = data.Log(out / "log.csv", names, step, seconds) if rank == 0 else None
+
+    def totals():
+        """`sums` over all processes; from here on, the first one holds them."""
+        if world > 1:
+            distributed.all_reduce(sums)
+        values = sums.tolist()  # the one place that waits for the GPU
+        if not all(map(math.isfinite, values)):
+            diverged()
+        if rank:
+            sums.zero_()
+        return values
+
+    def diverged():
+        fail(f"training diverged by step {step}: a loss is not finite; try a lower --lr "
+             f"(the last checkpoint in {out} stays as it was)")
 
     def checkpoint():
-        if not all(t.isfinite().all() for t in [sums, *net.parameters()]):
-            fail(f"training diverged by step {step}: a loss is not finite; try a lower --lr "
-                 f"(the last checkpoint in {out} stays as it was)")
+        totals()
+        if not all(p.isfinite().all() for p in net.parameters()):
+            diverged()
+        if rank:
+            return
         state = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "ckpt.pt", **state, config=config(), images=shape, step=step,
+        save(out / "ckpt.pt", **state, config=config(), unet=net.args, images=shape, step=step,
              epoch=step // steps_per_epoch, seconds=log.seconds(), sums=sums)
 
     def pictures(name):
@@ -471,67 +560,248 @@ def main():
 
     if not ckpt:
         checkpoint()  # claims the folder, and finds out now if the disk is full
-    stop = data.catch_signals()
+    stop = data.catch_signals(patient=world > 1)
     levels = ", ".join(f"{size}x{size} {CHANNELS * m} channels" + " with attention" * a
-                       for size, m, a in zip(sizes, MULTS, attention))
-    print(f"U-Net: {levels}; {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
-    pairs = list(zip(ema.parameters(), net.parameters()))
-    one = torch.ones(1, device=device)
+                       for size, m, a in zip(sizes, MULTS, net.args["attention"]))
+    if rank == 0:
+        print(f"U-Net: {levels}; {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
+    fast_net = nn.parallel.DistributedDataParallel(net) if world > 1 else net  # averages gradients
+    fast_net = torch.compile(fast_net) if compiled else fast_net
+    weights, averages = list(net.parameters()), list(ema.parameters())
+    one = torch.full((1,), float(rank == 0), device=device)
+    ending = 0  # the number of the signal that stops the run, on whichever process it arrived
 
-    while step < total and not stop:
+    while step < total and not ending:
         epoch, start = divmod(step, steps_per_epoch)
         saved_at = time.time()
         for x_0, _ in data.batches(images, None, BATCH_SIZE, SEED, epoch, device, FLIP, start):
             torch.manual_seed(SEED * 10**7 + step)  # (seed, step) decides a step: --resume is exact
 
             # Algorithm 1: tell the noise in x_t, for any t in 1 ... T; the network counts from 0
-            t = torch.randint(1, TIMESTEPS + 1, (len(x_0),))
-            quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T.float().to(device, non_blocking=True)
-            eps = torch.randn_like(x_0)
-            x_t = add_noise(x_0, t, eps, alpha_bar)
+            count = len(x_0)
+            share = slice(count * rank // world, count * (rank + 1) // world)  # of each process
+            t, eps = torch.randint(1, TIMESTEPS + 1, (count,))[share], torch.randn_like(x_0)[share]
+            quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T.to(x_0, non_blocking=True)
+            x_t = add_noise(x_0[share], t, eps, alpha_bar)
             with autocast:
-                guess = fast_net(x_t, (t - 1).to(device, non_blocking=True)).float()
+                guess = fast_net(x_t, (t - 1).to(device, non_blocking=True)).to(x_0.dtype)
             errors = (eps - guess).square().mean((1, 2, 3))  # of each image
-            loss = errors.mean()                             # eq. 14
+            loss = errors.sum() / count                      # eq. 14
             opt.zero_grad()
-            loss.backward()
+            (loss * world).backward()
             opt.step()
 
             with torch.no_grad():
                 decay = min(EMA, (1 + step) / (10 + step))  # warm-up: the initial weights go soon
-                for e, p in pairs:
-                    e.lerp_(p, 1 - decay)
+                torch._foreach_lerp_(averages, weights, 1 - decay)  # e.lerp_(w, ...) for each pair
                 sums += torch.cat([one, loss[None], quarter @ errors, quarter.sum(1)])
             step += 1
 
             if step == 1 or step % LOG_EVERY == 0:
-                count, total_loss, *quarters = sums.tolist()  # the one place that waits for the GPU
-                if not math.isfinite(total_loss):
-                    checkpoint()  # which says so
-                quarters = [a / b if b else math.nan for a, b in zip(quarters, quarters[4:])]
-                log.write(step, total, epoch + 1, len(x_0), [total_loss / count, *quarters])
+                steps, losses, *quarters = totals()
+                if rank == 0:
+                    quarters = [a / b if b else math.nan for a, b in zip(quarters, quarters[4:])]
+                    log.write(step, total, epoch + 1, count, [losses / steps, *quarters])
                 sums.zero_()
-            if step >= total or stop:
+            ending, due = (stop or [0])[0], time.time() - saved_at > 600
+            if world > 1:  # what one process is asked to do, all do
+                asked = torch.tensor([ending, due], dtype=torch.int64)
+                distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+                ending, due = asked.tolist()
+            if step >= total or ending:
                 break
-            if time.time() - saved_at > 600:
+            if due:
                 checkpoint()
                 saved_at = time.time()
 
         epoch, rest = divmod(step, steps_per_epoch)
         checkpoint()
-        if SAMPLE_EVERY and (step >= total or not rest and epoch % SAMPLE_EVERY == 0):
+        drawn = SAMPLE_EVERY and (step >= total or not rest and epoch % SAMPLE_EVERY == 0)
+        if drawn and rank == 0:
             pictures(f"epoch_{epoch + bool(rest):04}.png")
 
     data.release_signals()
-    data.save_gif(out / "samples", out / "samples.gif")
-    print(f"{'stopped' if stop else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
-          + "; go on with --resume" * bool(stop))
-    if FID and not stop:
+    if world > 1:
+        distributed.destroy_process_group()
+    if rank == 0:
+        data.save_gif(out / "samples", out / "samples.gif")
+        print(f"{'stopped' if ending else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
+              + "; go on with --resume" * bool(ending))
+    if FID and rank == 0 and not ending:
         real = fid.cached_statistics(images, inception, DATA_DIR)
         fake = fid.statistics(generate(FID, **chosen), inception)
         distance = fid.frechet_distance(*fake, *real)
         print(f"FID {distance:.4f} of {FID} samples against {shape[0]} images")
-    return 128 + stop[0] if stop else 0
+    return 128 + ending if ending else 0
+
+
+# ---- appendix: the same U-Net as diffusers' UNet2DModel or improved-diffusion's UNetModel has it
+
+
+@functools.cache
+def read_pretrained(source):
+    """What from_pretrained() takes -> UNet's arguments, settings for the constants, weights."""
+    try:
+        read = read_improved if Path(source).is_file() else read_diffusers
+        args, size, settings, weights = read(source)
+        weights = translate(weights, args["blocks"])
+    except OSError as error:
+        raise OSError(f"--init_from {source}: {error}; give a hub repository, a folder with its "
+                      "files, or a file of weights") from error
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--init_from {source}: not what was expected: {error!r}") from error
+    sizes = tuple(size // 2**i for i, there in enumerate(args["attention"]) if there)
+    settings.update(IMAGE_SIZE=size, CHANNELS=args["channels"], MULTS=tuple(args["mults"]),
+                    BLOCKS=args["blocks"], ATTENTION=sizes or (0,), DROPOUT=args["dropout"],
+                    LR=1e-4)  # for fine-tuning
+    return args, settings, weights
+
+
+def read_diffusers(source):
+    """A folder or hub repository: a UNet2DModel, and T, betas and variance in its scheduler."""
+    unet, scheduler = (json.loads(fetch(source, name).read_text("utf-8"))
+                       for name in ("config.json", "scheduler_config.json"))
+    width, T = unet["block_out_channels"][0], scheduler["num_train_timesteps"]
+    mults = [w // width for w in unet["block_out_channels"]]
+    attention = [kind.startswith("Attn") for kind in unet["down_block_types"]]
+    down = ["Attn" * a + "DownBlock2D" for a in attention]
+    linear = scheduler["beta_schedule"] == "linear"
+    possible = dict(  # what each option may be; []: anything
+        act_fn=["silu"], add_attention=[True], attention_head_dim=[None],
+        attn_norm_num_groups=[None], beta_end=[20 / T] * linear, beta_start=[0.1 / T] * linear,
+        beta_schedule=["linear", "squaredcos_cap_v2"],
+        block_out_channels=[[width * m for m in mults]], center_input_sample=[False],
+        class_embed_type=[None], clip_sample=[True], clip_sample_range=[1],
+        down_block_types=[down], downsample_padding=[0, 1], downsample_type=["conv"], dropout=[],
+        dynamic_thresholding_ratio=[], flip_sin_to_cos=[], freq_shift=[], in_channels=[],
+        layers_per_block=[], mid_block_scale_factor=[1], mid_block_type=["UNetMidBlock2D"],
+        norm_eps=[], norm_num_groups=[], num_class_embeds=[None], num_train_timesteps=[None, T],
+        out_channels=[unet["in_channels"]], prediction_type=["epsilon"],
+        rescale_betas_zero_snr=[False], resnet_time_scale_shift=["default"], sample_max_value=[],
+        sample_size=[], steps_offset=[], thresholding=[False], time_embedding_dim=[None],
+        time_embedding_type=["positional"], trained_betas=[None],
+        timestep_spacing=[],  # all are the same for all steps; for fewer --sample_steps decides
+        up_block_types=[[kind.replace("Down", "Up") for kind in down[::-1]]],
+        upsample_type=["conv"], variance_type=["fixed_large", "fixed_small_log", "fixed_small"])
+    for name, value in {"attention_head_dim": 8, **scheduler, **unet}.items():  # 8: their default
+        few = [] if name.startswith("_") else possible.get(name, ["no option"])
+        if few and value not in few:
+            fail(f"--init_from {source}: its {name} is {value}, here that is {few[-1]}")
+    args = dict(in_channels=unet["in_channels"], channels=width, mults=mults, attention=attention,
+                blocks=unet["layers_per_block"], groups=unet["norm_num_groups"],
+                dropout=unet.get("dropout", 0.0), eps=unet["norm_eps"], shift=unet["freq_shift"],
+                cos_first=unet["flip_sin_to_cos"], symmetric=unet["downsample_padding"] == 1)
+    settings = dict(TIMESTEPS=T, SCHEDULE="linear" if linear else "cosine",
+                    VARIANCE=scheduler.get("variance_type", "fixed_small").split("_")[1])
+    try:
+        weights = read_weights(fetch(source, "diffusion_pytorch_model.safetensors"))
+    except OSError:  # there is none
+        weights = read_weights(fetch(source, "diffusion_pytorch_model.bin"))
+    return args, unet["sample_size"], settings, weights
+
+
+def read_improved(source):
+    """A state dict of UNetModel with one head, as DLStudio ships it; the shapes tell its sizes."""
+    weights = read_weights(Path(source))
+    width, channels = weights["input_blocks.0.0.weight"].shape[:2]
+    if len(weights["out.2.weight"]) != channels:
+        fail(f"--init_from {source}: it learned variances, too; here they are fixed")
+    outputs = {int(name.split(".")[1]): len(weight) for name, weight in weights.items()
+               if re.fullmatch(r"input_blocks\.\d+\.0\.in_layers\.2\.weight", name)}
+    firsts = [n for n in outputs if n - 1 not in outputs]  # blocks that begin a level
+    args = dict(in_channels=channels, channels=width, mults=[outputs[n] // width for n in firsts],
+                attention=[f"input_blocks.{n}.1.qkv.weight" in weights for n in firsts],
+                blocks=len(outputs) // len(firsts), groups=32, dropout=0.0, eps=1e-5, shift=0,
+                cos_first=True, symmetric=True,
+                all_skips="input_blocks.1.0.skip_connection.weight" in weights)
+    return args, 64, dict(TIMESTEPS=1000, SCHEDULE="linear", VARIANCE="small"), weights
+
+
+def translate(weights, blocks):
+    """Weights by their names there -> by their names here."""
+    def down(m):  # level, which of its blocks
+        return f"down.{int(m[1]) * (blocks + 1) + int(m[2])}"
+
+    def up(m):
+        return f"up.{int(m[1]) * (blocks + 2) + int(m[2])}"
+
+    def counted(m):  # improved-diffusion counts blocks on over all levels, on the way up
+        level, n = divmod(int(m[1]), blocks + 1)
+        kind = "" if m[3] else ".attention" * int(m[2])
+        return f"up.{level * (blocks + 2) + n + bool(m[3])}" + kind
+
+    rules = {
+        r"(\w+)samplers\.0\.conv": lambda m: f"resnets.{blocks + (m[1] == 'up')}",
+        r"down_blocks\.(\d+)\.resnets\.(\d+)": down, r"up_blocks\.(\d+)\.resnets\.(\d+)": up,
+        r"down_blocks\.(\d+)\.attentions\.(\d+)": lambda m: down(m) + ".attention",
+        r"up_blocks\.(\d+)\.attentions\.(\d+)": lambda m: up(m) + ".attention",
+        r"mid_block\.resnets": "middle", r"mid_block\.attentions\.0": "middle.0.attention",
+        r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "time.2",
+        r"time_emb_proj": "time", r"conv_shortcut": "skip", r"group_norm": "norm",
+
+        r"^time_embed\.": "time.", r"^input_blocks\.0\.0": "conv_in",
+        r"^input_blocks\.(\d+)\.0(\.op)?": lambda m: f"down.{int(m[1]) - 1}",
+        r"^input_blocks\.(\d+)\.1": lambda m: f"down.{int(m[1]) - 1}.attention",
+        r"^middle_block\.0": "middle.0", r"^middle_block\.1": "middle.0.attention",
+        r"^middle_block\.2": "middle.1", r"^output_blocks\.(\d+)\.(\d)(\.conv)?": counted,
+        r"in_layers\.0": "norm1", r"in_layers\.2": "conv1", r"emb_layers\.1": "time",
+        r"out_layers\.0": "norm2", r"out_layers\.[23]": "conv2", r"skip_connection": "skip",
+        r"conv_norm_out|^out\.0": "norm_out", r"^out\.2": "conv_out",
+
+        r"attention\.(to_)?([qkv])(uery|ey|alue)?\.": r"attention.\2.",
+        r"attention\.(to_out\.0|proj_attn|proj_out)": "attention.out"}
+    named = {}
+    for name, weight in weights.items():
+        for there, here in rules.items():
+            name = re.sub(there, here, name)
+        named[name] = weight.float().flatten(1) if weight.ndim == 3 else weight.float()  # 1d convs
+    for name in [n for n in named if ".attention.q." in n]:  # here q, k and v are one layer
+        parts = [named.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        named[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return named
+
+
+def fetch(source, name):
+    """The path of a file in a folder, or of one from a hub repository, downloaded once."""
+    if Path(source).is_dir():
+        return Path(source, name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise OSError("there is no such file or folder")
+    path = Path(torch.hub.get_dir(), "checkpoints", source.replace("/", "--"), name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = f"https://huggingface.co/{source}/resolve/main/{name}"
+        torch.hub.download_url_to_file(url, str(path))
+    return path
+
+
+def read_weights(path):
+    """The state dict in a file of torch's or of safetensors' format; nothing in it can run."""
+    try:
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_safetensors(bytearray(path.read_bytes()))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file raises nearly anything
+        raise ValueError(f"{path} is no whole file of weights ({error!r})") from error
+
+
+def read_safetensors(file):
+    """The length of a header, in 8 bytes; the header, in JSON; tensors, without gap or overlap."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    if start > min(len(file), 10**8):
+        raise ValueError("the header is too long")
+    header, data, tensors, at = json.loads(file[8:start]), file[start:], {}, 0
+    header.pop("__metadata__", None)
+    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if begin != at or end != at + math.prod(shape) * dtype.itemsize or end > len(data):
+            raise ValueError(f"{name} does not lie where it should")
+        tensors[name] = torch.frombuffer(data[begin:end], dtype=dtype).view(shape)
+        at = end
+    return tensors
 
 
 if __name__ == "__main__":

@@ -383,7 +383,7 @@ def test_a_stopped_sample_run_goes_on(run, tmp_path, monkeypatch):
     assert len(sampled) == 4  # batches of 8: one, the stop, and the two that were missing
     assert files(tmp_path / "generated") == whole
     assert len(list((tmp_path / "generated").iterdir())) == 20
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="made otherwise"):
         run(ddpm, tmp_path, "--sample", 20, "--sample_steps", 5, "--resume")
     assert files(tmp_path / "generated") == whole
     run(ddpm, tmp_path, "--sample", 5, "--sample_steps", 4, "--resume")  # fewer: the first five

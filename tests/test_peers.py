@@ -1,10 +1,12 @@
 """Against the packages whose place this project takes; skipped where a peer is missing."""
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_ddpm import randomised
 from test_fid import inception, weights  # noqa: F401 (fixtures)
 
 import data
@@ -150,6 +152,77 @@ def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, sampler):
             extra = dict(options, variance_noise=draw(9000)) if options["eta"] else options
             expected = theirs.step(draw(t), t, x, **extra).prev_sample
         torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+
+
+def difference(net, theirs, sizes, channels=3):
+    """The largest ||ours - theirs|| / ||theirs||, at several times, on squares of these sizes."""
+    torch.manual_seed(1)
+    worst = 0.0
+    for size in sizes:
+        t = torch.tensor([0, 1, 500, 999] if size < 100 else [1, 999])
+        x = torch.randn(len(t), channels, size, size)
+        with torch.no_grad():
+            expected = theirs(x, t)
+            expected = getattr(expected, "sample", expected)
+            assert expected.std() > 0.1
+            worst = max(worst, ((net(x, t) - expected).norm() / expected.norm()).item())
+    return worst
+
+
+LAYOUTS = {  # of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, narrowed to a quarter
+    "cifar10-32": dict(
+        sample_size=32, block_out_channels=(32, 64, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")),
+    "celebahq-256": dict(
+        sample_size=256, block_out_channels=(32, 32, 64, 64, 128, 128),
+        down_block_types=(*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4))}
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "old names"])
+def test_weights_of_diffusers_give_the_same_output(layout, kind, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(
+        **LAYOUTS[layout], layers_per_block=2, attention_head_dim=None, downsample_padding=0,
+        flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6).eval()
+    randomised(theirs)
+    theirs.save_pretrained(tmp_path, safe_serialization=kind == "safetensors")
+    if kind == "old names":
+        weights = torch.load(tmp_path / "diffusion_pytorch_model.bin", weights_only=True)
+        for new, old in OLD.items():
+            weights = {k.replace(new, old): v for k, v in weights.items()}
+        torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True)
+    scheduler.save_config(tmp_path)
+    net = ddpm.UNet.from_pretrained(tmp_path)
+    sizes = (32, 64) if layout == "cifar10-32" else (32, 96, 256)
+    assert difference(net, theirs, sizes) < 1e-5
+    settings = ddpm.parse_flags(["--init_from", str(tmp_path)])
+    assert settings["VARIANCE"] == "large"
+    assert settings["IMAGE_SIZE"] == LAYOUTS[layout]["sample_size"]
+
+
+@pytest.mark.parametrize("attention, sizes", [((4, 8), (32, 64, 256)), ((2,), (32, 64))])
+def test_weights_of_dlstudio_give_the_same_output(attention, sizes, tmp_path):
+    spec = importlib.util.find_spec("GenerativeDiffusion")
+    if not spec:
+        pytest.skip("DLStudio is not installed")
+    path = Path(spec.submodule_search_locations[0], "GenerativeDiffusion.py")
+    spec = importlib.util.spec_from_file_location("dlstudio", path)  # without the whole package
+    spec.loader.exec_module(dlstudio := importlib.util.module_from_spec(spec))
+    torch.manual_seed(0)
+    theirs = dlstudio.UNetModel(3, 32, 3, 2, attention, (1, 2, 3, 4), num_heads=1).eval()
+    randomised(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "diffusion.pt")
+    net = ddpm.UNet.from_pretrained(tmp_path / "diffusion.pt")
+    assert difference(net, theirs, sizes) < 1e-5
+    settings = ddpm.parse_flags(["--init_from", str(tmp_path / "diffusion.pt")])
+    assert (settings["IMAGE_SIZE"], settings["TIMESTEPS"]) == (64, 1000)
+    assert (settings["SCHEDULE"], settings["VARIANCE"]) == ("linear", "small")
 
 
 def test_peers_that_ci_installs_are_there():
