@@ -502,6 +502,8 @@ def main():
         firsts = data.missing_images(folder, SAMPLE, at_once)
         barrier()
         for first in firsts[rank::world]:
+            if sys.stderr.isatty():
+                print(f"image {first} of {SAMPLE}", end="\r", file=sys.stderr, flush=True)
             batch = data.to_uint8(draw(first, at_once, **chosen))
             data.write_images(batch[:SAMPLE - first], folder, first)
         barrier()
@@ -582,13 +584,15 @@ def main():
             share = slice(count * rank // world, count * (rank + 1) // world)  # of each process
             t, eps = torch.randint(1, TIMESTEPS + 1, (count,))[share], torch.randn_like(x_0)[share]
             quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T.to(x_0, non_blocking=True)
+            if rank:
+                torch.manual_seed((SEED * 10**7 + step) * world + rank)  # for dropout of its own
             x_t = add_noise(x_0[share], t, eps, alpha_bar)
             with autocast:
                 guess = fast_net(x_t, (t - 1).to(device, non_blocking=True)).to(x_0.dtype)
             errors = (eps - guess).square().mean((1, 2, 3))  # of each image
             loss = errors.sum() / count                      # eq. 14
             opt.zero_grad()
-            (loss * world).backward()
+            (loss * world).backward()  # DistributedDataParallel divides the sum by world
             opt.step()
 
             with torch.no_grad():
