@@ -336,6 +336,7 @@ def batches(images, labels, batch_size, seed, epoch, device="cpu", flip=False, s
     generator = torch.Generator().manual_seed(seed * 10**7 + epoch)  # the same on every device
     order = torch.randperm(len(images), generator=generator).to(images.device)
     labels = None if labels is None else labels.to(images.device)
+    on_cuda = torch.device(device).type == "cuda"  # elsewhere, non_blocking copies may be damaged
     rows = images.permute(0, 2, 3, 1)  # as load() lays them out: an image is one piece of memory
     for i in range(start, max(1, len(images) // batch_size)):
         chosen = order[i * batch_size:(i + 1) * batch_size]
@@ -343,9 +344,9 @@ def batches(images, labels, batch_size, seed, epoch, device="cpu", flip=False, s
         if flip:
             half = (len(x) + i % 2) // 2  # the order is random, so any half will do
             x[:half] = x[:half].flip(2)
-        if x.is_cpu and torch.device(device).type == "cuda":  # too large a set for the GPU: a batch
-            x = x.pin_memory()                                # crosses as uint8 while the GPU works
-        x, y = x.to(device, non_blocking=True), None if y is None else y.to(device)
+        if x.is_cpu and on_cuda:  # too large a set for the GPU: a batch crosses as uint8, while
+            x = x.pin_memory()    # the GPU works
+        x, y = x.to(device, non_blocking=on_cuda), None if y is None else y.to(device)
         x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         yield x.contiguous() if x.device.type == "mps" else x, y  # see best_layout()
 

@@ -9,13 +9,14 @@ https://arxiv.org/abs/2010.02502) takes fewer, longer steps with the same networ
     python ddpm.py --sample 2048 --sample_steps 100              # write images, in 100 steps each
     python ddpm.py --sample 2048 --sample_steps 50 --sampler ddim
     python ddpm.py --data path/to/photos --image_size 64 --out_dir out/photos
-    python ddpm.py --init_from google/ddpm-celebahq-256 --sample 8   # with pre-trained weights
-    torchrun --nproc_per_node=4 ddpm.py --data celeba            # on four GPUs
+    python ddpm.py --init_from google/ddpm-celebahq-256 --sample 8 --out_dir out/celebahq
+    torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces    # on four GPUs
 
 To train on a tensor of your own, use it in main() in place of what data.load() returns.
 """
 import argparse
 import copy
+import datetime
 import functools
 import json
 import math
@@ -46,7 +47,7 @@ BETA2 = 0.999           # Adam: decay of the mean of their squares
 TIMESTEPS = 1000        # T: steps from an image to noise
 SCHEDULE = "linear"     # how the noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
 CHANNELS = 32           # of the U-Net's first level
-MULTS = (1, 2, 4)       # channels of each level, as multiples of that; each halves the image's size
+MULTS = (1, 2, 4)       # channels of each level, as multiples of that; each next is half the size
 BLOCKS = 1              # residual blocks a level on the way down; one more on the way up
 ATTENTION = (7,)        # attention in levels of these sizes, in pixels, if there are any; 0 = none
 DROPOUT = 0.0           # share of activations that are dropped in residual blocks; 0 = none
@@ -65,7 +66,7 @@ FID = 0                 # at the end: FID of so many samples against the data; 0
 RESUME = False          # go on from ckpt.pt in out_dir; with --sample: where that stopped
 SAMPLE = 0              # do not train: write so many images, 1 or more, to out_dir/generated
 CHECKPOINT = ""         # for --sample: the checkpoint, if it is not ckpt.pt in out_dir
-INIT_FROM = ""          # pre-trained weights: a hub repository, a folder or a file like its files
+INIT_FROM = ""          # pre-trained weights: a hub repository, a folder like one, diffusion.pt
 
 PRESETS = {
     "celeba": dict(IMAGE_SIZE=64, FLIP=True, EPOCHS=100, LR=2e-4, EMA=0.9999, CHANNELS=64,
@@ -178,15 +179,25 @@ def embed_time(t, channels, shift=1, cos_first=False):
     return torch.cat([angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()], 1)
 
 
-class ResBlock(nn.Module):
-    """Two convolutions with the time added in between, past which the input skips; attention."""
+def zero(layer):
+    """Start from weights of zero: each residual branch, and the whole U-Net, does nothing yet."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, a, b, attention, time, groups, dropout=0.0, eps=1e-6, all_skips=False):
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time added in between, past which the input skips; attention.
+
+    a, b: channels of the input and of the output; width_t: of the time's embedding
+    """
+
+    def __init__(self, a, b, attention, width_t, groups, dropout=0.0, eps=1e-6, all_skips=False):
         super().__init__()
         self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps) for c in (a, b))
         self.conv1 = nn.Conv2d(a, b, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(b, b, 3, padding=1))
-        self.time = nn.Linear(time, b)
+        self.time = nn.Linear(width_t, b)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(a, b, 1) if a != b or all_skips else nn.Identity()
         self.attention = Attention(b, groups, eps) if attention else nn.Identity()
@@ -214,7 +225,10 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the size: a convolution of stride 2, with zeros to the right and below."""
+    """Half the size: a convolution of stride 2, with zeros to the right and below.
+
+    t is not used, but lets the U-Net call all its layers alike.
+    """
 
     def __init__(self, channels, symmetric=False):
         super().__init__(channels, channels, 3, stride=2, padding=int(symmetric))
@@ -227,7 +241,7 @@ class Upsample(nn.Conv2d):
     """Twice the size: each pixel becomes 2x2, then a convolution.
 
     Its 3x3 weights meet only 2x2 different pixels. To sum those that meet the same one beforehand
-    gives a transposed convolution of 4x4 weights: the same, with half of the multiplications.
+    gives a transposed convolution of 4x4 weights: the same, with 16 multiplications in place of 36.
     """
 
     def __init__(self, channels):
@@ -252,18 +266,18 @@ class UNet(nn.Module):
     def __init__(self, in_channels=1, channels=32, mults=(1, 2, 4), blocks=1,
                  attention=(False, False, True), groups=8, dropout=0.0, eps=1e-6,
                  shift=1, cos_first=False, symmetric=False, all_skips=False):
+        # what a checkpoint keeps, to build the network anew
         self.args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         widths = [channels * m for m in mults]
-        time = 4 * channels
-        self.time = nn.Sequential(nn.Linear(channels, time), nn.SiLU(), nn.Linear(time, time))
+        width_t = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, width_t), nn.SiLU(),
+                                  nn.Linear(width_t, width_t))
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-
-        def block(a, b, attention):
-            return ResBlock(a, b, attention, time, groups, dropout, eps, all_skips)
-
+        block = functools.partial(ResBlock, width_t=width_t, groups=groups, dropout=dropout,
+                                  eps=eps, all_skips=all_skips)
         self.down, a = nn.ModuleList(), channels
-        skips = [a]                                                           # channels of each
+        skips = [a]                                                           # their channels
         for i, b in enumerate(widths):
             for _ in range(blocks):
                 self.down.append(block(a, b, attention[i]))
@@ -291,7 +305,7 @@ class UNet(nn.Module):
         t = embed_time(t, args["channels"], args["shift"], args["cos_first"]).to(x.dtype)
         t = F.silu(self.time(t))
         x = self.conv_in(x)
-        skips = [x]
+        skips = [x]                                                           # taken last first
         for layer in self.down:
             x = layer(x, t)
             skips.append(x)
@@ -317,16 +331,10 @@ class UNet(nn.Module):
         try:
             net = cls(**{**args, **override})
             net.load_state_dict(weights)
-        except (RuntimeError, TypeError, ValueError) as error:
+            read_pretrained.cache_clear()
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{source} is another network: {str(error)[:300]} ...") from error
         return net.eval()
-
-
-def zero(layer):
-    """Start from weights of zero: each residual branch, and the whole U-Net, does nothing yet."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 # ---- method: diffusion in the papers' symbols; x_t is the image x_0 after t = 0 ... T steps
@@ -346,14 +354,20 @@ def make_alpha_bar(schedule, T):
 
 
 def add_noise(x_0, t, eps, alpha_bar):
-    """x_t ~ q(x_t | x_0) (eq. 4); x_0 and eps ~ N(0, 1) are (B, C, H, W), t is (B,), on the CPU."""
+    """x_t ~ q(x_t | x_0) (eq. 4); x_0 and eps ~ N(0, 1) are (B, C, H, W), t is (B,).
+
+    t and alpha_bar are on the CPU, for float64: 1 - alpha_bar is tiny where t is small.
+    """
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    like = dict(device=x_0.device, dtype=x_0.dtype, non_blocking=True)
+    like = dict(device=x_0.device, dtype=x_0.dtype, non_blocking=x_0.is_cuda)
     return a.sqrt().to(**like) * x_0 + (1 - a).sqrt().to(**like) * eps
 
 
 def ddpm_step(x_t, x_0, a_t, a_s):
-    """Mean and variance of q(x_s | x_t, x_0) for s < t (eq. 6 and 7, where s = t - 1)."""
+    """Mean and variance of q(x_s | x_t, x_0) for s < t (eq. 6 and 7, where s = t - 1).
+
+    a_t, a_s: alpha_bar at t and at s; beta is then that of the whole way from s to t
+    """
     beta = 1 - a_t / a_s
     mean = (a_s**0.5 * beta * x_0 + (a_t / a_s)**0.5 * (1 - a_s) * x_t) / (1 - a_t)
     return mean, beta * (1 - a_s) / (1 - a_t)
@@ -377,8 +391,8 @@ def sample(net, x, alpha_bar, steps, sampler="ddpm", variance="small", eta=0.0,
     times = torch.linspace(len(alpha_bar) - 1, 0, steps + 1, dtype=torch.float64).round().long()
     alphas = alpha_bar[times].tolist()
     for t, s, a_t, a_s in zip(times.tolist(), times[1:].tolist(), alphas, alphas[1:]):
-        eps = net(x, torch.full((len(x),), t - 1, device=x.device)).to(x.dtype)  # t - 1: see main()
-        # What the network knows is the score, the way towards more likely images: 2011.13456
+        eps = net(x, torch.full((len(x),), t - 1, device=x.device)).to(x.dtype)  # it counts from 0
+        # It knows the score, the way to more likely images (https://arxiv.org/abs/2011.13456)
         score = -eps / (1 - a_t)**0.5                                         # grad log q(x_t)
         x_0 = ((x + (1 - a_t) * score) / a_t**0.5).clamp(-1, 1)               # eq. 15
         if path is not None:
@@ -404,7 +418,9 @@ def main():
         ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # as torchrun sets them
     device = data.pick_device(DEVICE)
     if world > 1:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        wait = datetime.timedelta(hours=6)  # while the first downloads, or draws its last samples
+        distributed.init_process_group(backend, timeout=wait)
     barrier = distributed.barrier if world > 1 else lambda: None
     autocast = torch.autocast(device.type, torch.bfloat16, data.pick_bfloat16(DTYPE, device))
     out = Path(OUT_DIR)
@@ -454,13 +470,14 @@ def main():
         args = ckpt["unet"] if ckpt else dict(
             in_channels=shape[1], channels=CHANNELS, mults=MULTS, blocks=BLOCKS,
             attention=[size in ATTENTION for size in sizes],
-            groups=math.gcd(128, CHANNELS) // 4 or 1)  # 4 channels each: one would lose the time
+            groups=math.gcd(128, CHANNELS) // 4 or 1)  # of one channel, they would lose the time
         net = UNet(**{**args, "dropout": DROPOUT})
     net = net.to(**layout)
     ema = copy.deepcopy(net).eval().requires_grad_(False)  # the network that we sample with
     adam = dict(lr=LR, betas=(BETA1, BETA2))
     opt = torch.optim.Adam(net.parameters(), **adam, fused=True)
     parts = dict(net=net, ema=ema, opt=opt)
+    weights, averages = list(net.parameters()), list(ema.parameters())
     if ckpt:
         try:
             for name, part in parts.items():
@@ -474,29 +491,30 @@ def main():
 
     quick = dict(steps=min(50, TIMESTEPS), sampler="ddim")
     chosen = dict(steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
-    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128)
+    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128, 2**19 // IMAGE_SIZE**2 or 1)
 
     def draw(first, count, **how):
         """Samples `first`, `first` + 1, ... as floats (count, C, H, W)."""
-        seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + count)]  # steps count up
-        generators = [torch.Generator(device).manual_seed(s) for s in seeds]  # (seed, i) decides
+        # (seed, i) decides; steps count their seeds up from the other end of SEED's range
+        seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + count)]
+        generators = [torch.Generator(device).manual_seed(s) for s in seeds]
 
         def noise(x=None):
-            one = [torch.randn(shape[1:], generator=g, device=device) for g in generators]
-            return torch.stack(one).to(**layout)
+            each = [torch.randn(shape[1:], generator=g, device=device) for g in generators]
+            return torch.stack(each).to(**layout)
 
         with autocast:
             return sample(fast_ema, noise(), alpha_bar, noise=noise, **how)
 
-    def generate(count, **how):
-        """Yield uint8 batches of samples 0, 1, ... `count` - 1."""
-        for first in range(0, count, at_once):
-            yield data.to_uint8(draw(first, at_once, **how))[:count - first]
+    def generate(begin, end, **how):
+        """Yield uint8 batches of samples `begin` ... `end` - 1."""
+        for first in range(begin, end, at_once):
+            yield data.to_uint8(draw(first, at_once, **how))[:end - first]
 
     if SAMPLE:
-        folder, trained = out / "generated", ckpt["step"] if ckpt else INIT_FROM
+        folder, trained = out / "generated", [ckpt["step"], ckpt["seconds"]] if ckpt else INIT_FROM
         if rank == 0:
-            made_by = dict(chosen, seed=SEED, trained=trained, at_once=at_once)
+            made_by = dict(chosen, seed=SEED, trained=trained, size=shape[2:], at_once=at_once)
             data.keep_images(folder, SAMPLE if RESUME else 0, made_by)
         barrier()
         firsts = data.missing_images(folder, SAMPLE, at_once)
@@ -510,9 +528,11 @@ def main():
         if rank == 0:
             data.save_overview(folder)
             print(f"wrote {SAMPLE} images to {folder} and a grid to {folder}.png")
+        if world > 1:
+            distributed.destroy_process_group()
         return 0
 
-    if FID:  # now, for there is no use in training first if its weights are missing
+    if FID and rank == 0:  # now, for there is no use in training first if its weights are missing
         import fid
 
         inception = fid.Inception().to(device)
@@ -531,21 +551,18 @@ def main():
         """`sums` over all processes; from here on, the first one holds them."""
         if world > 1:
             distributed.all_reduce(sums)
-        values = sums.tolist()  # the one place that waits for the GPU
+        values = sums.tolist()  # here, and for checkpoints and pictures, the loop waits for the GPU
         if not all(map(math.isfinite, values)):
-            diverged()
+            fail(f"training diverged by step {step}: a loss or weight is not finite; try a "
+                 f"lower --lr (the last checkpoint in {out} stays as it was)")
         if rank:
             sums.zero_()
         return values
 
-    def diverged():
-        fail(f"training diverged by step {step}: a loss is not finite; try a lower --lr "
-             f"(the last checkpoint in {out} stays as it was)")
-
     def checkpoint():
+        if not all(w.isfinite().all() for w in weights):
+            sums.fill_(math.nan)  # of all processes, then
         totals()
-        if not all(p.isfinite().all() for p in net.parameters()):
-            diverged()
         if rank:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -553,9 +570,10 @@ def main():
              epoch=step // steps_per_epoch, seconds=log.seconds(), sums=sums)
 
     def pictures(name):
-        data.save_grid(torch.cat(list(generate(64, **quick))), out / "samples" / name)
         path = []
-        draw(0, at_once, **quick, path=path)
+        first = data.to_uint8(draw(0, at_once, **quick, path=path))
+        grid = torch.cat([first, *generate(at_once, 64, **quick)])[:64]
+        data.save_grid(grid, out / "samples" / name)
         shown = [path[i * (len(path) - 1) // 10][:8] for i in range(11)]  # from x_T to x_0
         data.save_grid(data.to_uint8(torch.stack(shown, 1).flatten(0, 1)), out / "denoise.png", 11)
         data.save_curves(out / "log.csv", out / "loss.png", "log")
@@ -569,8 +587,7 @@ def main():
         print(f"U-Net: {levels}; {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
     fast_net = nn.parallel.DistributedDataParallel(net) if world > 1 else net  # averages gradients
     fast_net = torch.compile(fast_net) if compiled else fast_net
-    weights, averages = list(net.parameters()), list(ema.parameters())
-    one = torch.full((1,), float(rank == 0), device=device)
+    one = torch.full((1,), float(rank == 0), device=device)  # counts a step once
     ending = 0  # the number of the signal that stops the run, on whichever process it arrived
 
     while step < total and not ending:
@@ -580,15 +597,16 @@ def main():
             torch.manual_seed(SEED * 10**7 + step)  # (seed, step) decides a step: --resume is exact
 
             # Algorithm 1: tell the noise in x_t, for any t in 1 ... T; the network counts from 0
+            # Each process draws for the whole batch and keeps its share: so many make one step
             count = len(x_0)
-            share = slice(count * rank // world, count * (rank + 1) // world)  # of each process
+            share = slice(count * rank // world, count * (rank + 1) // world)
             t, eps = torch.randint(1, TIMESTEPS + 1, (count,))[share], torch.randn_like(x_0)[share]
-            quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T.to(x_0, non_blocking=True)
+            quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T                # (4, B), 0 or 1
             if rank:
                 torch.manual_seed((SEED * 10**7 + step) * world + rank)  # for dropout of its own
             x_t = add_noise(x_0[share], t, eps, alpha_bar)
             with autocast:
-                guess = fast_net(x_t, (t - 1).to(device, non_blocking=True)).to(x_0.dtype)
+                guess = fast_net(x_t, (t - 1).to(device, non_blocking=x_0.is_cuda)).to(x_0.dtype)
             errors = (eps - guess).square().mean((1, 2, 3))  # of each image
             loss = errors.sum() / count                      # eq. 14
             opt.zero_grad()
@@ -598,6 +616,7 @@ def main():
             with torch.no_grad():
                 decay = min(EMA, (1 + step) / (10 + step))  # warm-up: the initial weights go soon
                 torch._foreach_lerp_(averages, weights, 1 - decay)  # e.lerp_(w, ...) for each pair
+                quarter = quarter.to(x_0, non_blocking=x_0.is_cuda)
                 sums += torch.cat([one, loss[None], quarter @ errors, quarter.sum(1)])
             step += 1
 
@@ -633,7 +652,7 @@ def main():
               + "; go on with --resume" * bool(ending))
     if FID and rank == 0 and not ending:
         real = fid.cached_statistics(images, inception, DATA_DIR)
-        fake = fid.statistics(generate(FID, **chosen), inception)
+        fake = fid.statistics(generate(0, FID, **chosen), inception)
         distance = fid.frechet_distance(*fake, *real)
         print(f"FID {distance:.4f} of {FID} samples against {shape[0]} images")
     return 128 + ending if ending else 0
@@ -649,12 +668,12 @@ def read_pretrained(source):
         read = read_improved if Path(source).is_file() else read_diffusers
         args, size, settings, weights = read(source)
         weights = translate(weights, args["blocks"])
+        sizes = tuple(size // 2**i for i, there in enumerate(args["attention"]) if there)
     except OSError as error:
         raise OSError(f"--init_from {source}: {error}; give a hub repository, a folder with its "
-                      "files, or a file of weights") from error
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                      "files, or DLStudio's diffusion.pt") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"--init_from {source}: not what was expected: {error!r}") from error
-    sizes = tuple(size // 2**i for i, there in enumerate(args["attention"]) if there)
     settings.update(IMAGE_SIZE=size, CHANNELS=args["channels"], MULTS=tuple(args["mults"]),
                     BLOCKS=args["blocks"], ATTENTION=sizes or (0,), DROPOUT=args["dropout"],
                     LR=1e-4)  # for fine-tuning
@@ -723,11 +742,9 @@ def read_improved(source):
 
 def translate(weights, blocks):
     """Weights by their names there -> by their names here."""
-    def down(m):  # level, which of its blocks
-        return f"down.{int(m[1]) * (blocks + 1) + int(m[2])}"
-
-    def up(m):
-        return f"up.{int(m[1]) * (blocks + 2) + int(m[2])}"
+    def place(m):  # side, level, kind of layer, which of them
+        n = int(m[2]) * (blocks + 1 + (m[1] == "up")) + int(m[4])
+        return f"{m[1]}.{n}" + ".attention" * (m[3] == "attentions")
 
     def counted(m):  # improved-diffusion counts blocks on over all levels, on the way up
         level, n = divmod(int(m[1]), blocks + 1)
@@ -736,9 +753,7 @@ def translate(weights, blocks):
 
     rules = {
         r"(\w+)samplers\.0\.conv": lambda m: f"resnets.{blocks + (m[1] == 'up')}",
-        r"down_blocks\.(\d+)\.resnets\.(\d+)": down, r"up_blocks\.(\d+)\.resnets\.(\d+)": up,
-        r"down_blocks\.(\d+)\.attentions\.(\d+)": lambda m: down(m) + ".attention",
-        r"up_blocks\.(\d+)\.attentions\.(\d+)": lambda m: up(m) + ".attention",
+        r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)": place,
         r"mid_block\.resnets": "middle", r"mid_block\.attentions\.0": "middle.0.attention",
         r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "time.2",
         r"time_emb_proj": "time", r"conv_shortcut": "skip", r"group_norm": "norm",
@@ -788,7 +803,8 @@ def read_weights(path):
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile file raises nearly anything
-        raise ValueError(f"{path} is no whole file of weights ({error!r})") from error
+        raise ValueError(f"{path} is no whole file of weights ({error!r}); if it was downloaded, "
+                         "delete it, and it will be once more") from error
 
 
 def read_safetensors(file):

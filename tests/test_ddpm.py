@@ -388,6 +388,9 @@ def test_a_stopped_sample_run_goes_on(run, tmp_path, monkeypatch):
     assert files(tmp_path / "generated") == whole
     run(ddpm, tmp_path, "--sample", 5, "--sample_steps", 4, "--resume")  # fewer: the first five
     assert files(tmp_path / "generated") == {f"{i:06}.png": whole[f"{i:06}.png"] for i in range(5)}
+    run(ddpm, tmp_path / "other", "--max_steps", 2, "--lr", 1e-4)  # as many steps, another network
+    with pytest.raises(ValueError, match="made otherwise"):
+        run(ddpm, tmp_path, *how, "--resume", "--checkpoint", tmp_path / "other" / "ckpt.pt")
 
 
 def test_flags_of_the_method_stay_with_a_checkpoint(run, tmp_path):

@@ -124,7 +124,9 @@ def test_a_folder_in_diffusers_layout(old, kind, net, tmp_path):
     (dict(cross_attention_dim=64), "cross_attention_dim"), (dict(class_embed_type="x"), "class_em"),
     (dict(block_out_channels=[8, 12, 16]), "block_out"), (dict(downsample_padding=2), "is 2"),
     (dict(in_channels=None, out_channels=None), "another network"),
-    (dict(norm_num_groups=3), "another network"),
+    (dict(norm_num_groups=3), "another network"), (dict(norm_num_groups=0), "another network"),
+    (dict(sample_size=None), "not what was"), (dict(sample_size=[16, 16]), "not what was"),
+    (dict(block_out_channels=[0, 0, 0]), "not what was"),
     (dict(layers_per_block=3), "another network"), (dict(down_block_types=None), "not what was")])
 def test_what_the_unet_does_not_have_is_refused_by_name(change, there, net, tmp_path):
     write(tmp_path / "hub", net, config=change)
@@ -141,10 +143,13 @@ def test_what_the_unet_does_not_have_is_refused_by_name(change, there, net, tmp_
 @pytest.mark.parametrize("change", [
     dict(prediction_type="v_prediction"), dict(beta_schedule="sigmoid"), dict(beta_end=0.03),
     dict(trained_betas=[0.1]), dict(variance_type="learned_range"), dict(thresholding=True),
-    dict(clip_sample=False), dict(num_train_timesteps=500), dict(new_option=1)])
+    dict(clip_sample=False), dict(num_train_timesteps=500), dict(new_option=1),
+    dict(num_train_timesteps=0)])
 def test_what_the_diffusion_does_not_have_is_refused_by_name(change, net, tmp_path):
     write(tmp_path / "hub", net, scheduler=change)
-    name = dict(num_train_timesteps="beta_").get(*change, *change)  # those betas are of other T
+    (name, value), = change.items()
+    if name == "num_train_timesteps":  # those betas are of other T
+        name = "beta_" if value else "not what was"
     with pytest.raises(ValueError, match=name):
         ddpm.UNet.from_pretrained(tmp_path / "hub")
 
@@ -253,6 +258,8 @@ def test_sampling_and_fine_tuning(run, net, tmp_path, images):
     assert len(made) == 9 and not (out / "ckpt.pt").exists()
     run(ddpm, out, "--sample", 9, "--resume", *flags)
     assert files(out / "generated") == made
+    with pytest.raises(ValueError, match="made otherwise"):
+        run(ddpm, out, "--sample", 9, "--resume", *flags, "--image_size", 32)
     with pytest.raises(ValueError, match="3 of them|there are 1000"):
         run(ddpm, out, "--sample", 9, "--init_from", hub, "--sample_steps", 1001)
 
