@@ -8,7 +8,7 @@ https://arxiv.org/abs/2010.02502) takes fewer, longer steps with the same networ
     python ddpm.py --data celeba --out_dir out/faces
     python ddpm.py --sample 2048 --sample_steps 100              # write images, in 100 steps each
     python ddpm.py --sample 2048 --sample_steps 50 --sampler ddim
-    python ddpm.py --data path/to/photos --image_size 64 --out_dir out/photos
+    python ddpm.py --data path/to/photos --image_size 64 --attention 16 --out_dir out/photos
     python ddpm.py --init_from google/ddpm-celebahq-256 --sample 8 --out_dir out/celebahq
     torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces    # on four GPUs
 
@@ -51,7 +51,7 @@ SCHEDULE = "linear"     # how the noise grows: linear (Ho et al.) or cosine (Nic
 CHANNELS = 32           # of the U-Net's first level
 MULTS = (1, 2, 4)       # channels of each level, as multiples of that; each next is half the size
 BLOCKS = 1              # residual blocks a level on the way down; one more on the way up
-ATTENTION = (7,)        # attention in levels of these sizes, in pixels, if there are any; 0 = none
+ATTENTION = (7,)        # in levels of these sizes, in pixels, and in the middle; 0 = only there
 DROPOUT = 0.0           # share of activations that are dropped in residual blocks; 0 = none
 EMA = 0.999             # decay of the averaged weights that samples come from; 0 = the latest
 SAMPLER = "ddpm"        # for --sample and --fid: ddpm or ddim
@@ -83,10 +83,10 @@ LOCAL = {"DATA_DIR", "OUT_DIR", "MAX_STEPS", "DEVICE", "DTYPE", "COMPILE", "LOG_
 
 def preset(given):
     """What takes the place of constants: a data set's settings, those of pre-trained weights."""
-    settings = PRESETS.get(given.get("DATA", DATA), {})
-    if not given.get("INIT_FROM"):
+    settings, source = PRESETS.get(given.get("DATA", DATA), {}), given.get("INIT_FROM", INIT_FROM)
+    if not source:
         return settings
-    own = read_pretrained(given["INIT_FROM"])[1]
+    own = read_pretrained(source)[1]
     for name in own.keys() & given.keys() & FIXED - {"IMAGE_SIZE"}:
         fail(f"--{name.lower()} comes with the weights of --init_from: leave the flag out")
     return {**settings, **own}
@@ -377,7 +377,7 @@ def ddpm_step(x_t, x_0, a_t, a_s):
 
 def ddim_step(x_t, x_0, a_t, a_s, eta):
     """Mean and variance of x_s for s < t (Song et al. 2020, eq. 12 and 16)."""
-    eps = (x_t - a_t**0.5 * x_0) / (1 - a_t)**0.5
+    eps = (x_t - a_t**0.5 * x_0) / (1 - a_t)**0.5  # the network's, save where x_0 was clipped
     variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
     return a_s**0.5 * x_0 + (1 - a_s - variance)**0.5 * eps, variance
 
@@ -462,7 +462,8 @@ def main():
 
     torch.manual_seed(SEED)
     layout = dict(device=device, memory_format=data.best_layout(device))
-    sizes = [IMAGE_SIZE // 2**i for i in range(len(MULTS))]
+    size = shape[2] if shape else IMAGE_SIZE
+    sizes = [size // 2**i for i in range(len(MULTS))]
     if INIT_FROM:
         net = UNet.from_pretrained(INIT_FROM, dropout=DROPOUT).train()
         shape = shape or [0, net.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE]
@@ -493,12 +494,12 @@ def main():
 
     quick = dict(steps=min(50, TIMESTEPS), sampler="ddim")
     chosen = dict(steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
-    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128, 2**19 // IMAGE_SIZE**2 or 1)
+    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128, 2**19 // size**2 or 1)
 
-    def draw(first, count, **how):
-        """Samples `first`, `first` + 1, ... as floats (count, C, H, W)."""
+    def draw(first, **how):
+        """Samples `first`, ... as floats: `at_once`, for last bits depend on a batch's size."""
         # (seed, i) decides; steps count their seeds up from the other end of SEED's range
-        seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + count)]
+        seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + at_once)]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
 
         def noise(x=None):
@@ -511,7 +512,7 @@ def main():
     def generate(begin, end, **how):
         """Yield uint8 batches of samples `begin` ... `end` - 1."""
         for first in range(begin, end, at_once):
-            yield data.to_uint8(draw(first, at_once, **how))[:end - first]
+            yield data.to_uint8(draw(first, **how))[:end - first]
 
     if SAMPLE:
         folder, trained = out / "generated", [ckpt["step"], ckpt["seconds"]] if ckpt else INIT_FROM
@@ -524,7 +525,7 @@ def main():
         for first in firsts[rank::world]:
             if sys.stderr.isatty():
                 print(f"image {first} of {SAMPLE}", end="\r", file=sys.stderr, flush=True)
-            batch = data.to_uint8(draw(first, at_once, **chosen))
+            batch = data.to_uint8(draw(first, **chosen))
             data.write_images(batch[:SAMPLE - first], folder, first)
         barrier()
         if rank == 0:
@@ -573,7 +574,7 @@ def main():
 
     def pictures(name):
         path = []
-        first = data.to_uint8(draw(0, at_once, **quick, path=path))
+        first = data.to_uint8(draw(0, **quick, path=path))
         grid = torch.cat([first, *generate(at_once, 64, **quick)])[:64]
         data.save_grid(grid, out / "samples" / name)
         shown = [path[i * (len(path) - 1) // 10][:8] for i in range(11)]  # from x_T to x_0
@@ -583,8 +584,8 @@ def main():
     if not ckpt:
         checkpoint()  # claims the folder, and finds out now if the disk is full
     stop = data.catch_signals(patient=world > 1)
-    levels = ", ".join(f"{size}x{size} {CHANNELS * m} channels" + " with attention" * a
-                       for size, m, a in zip(sizes, MULTS, net.args["attention"]))
+    levels = ", ".join(f"{side}x{side} {CHANNELS * m} channels" + " with attention" * a
+                       for side, m, a in zip(sizes, MULTS, net.args["attention"]))
     if rank == 0:
         print(f"U-Net: {levels}; {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
     fast_net = nn.parallel.DistributedDataParallel(net) if world > 1 else net  # averages gradients
@@ -645,6 +646,7 @@ def main():
         if drawn and rank == 0:
             pictures(f"epoch_{epoch + bool(rest):04}.png")
 
+    ending = ending or (stop or [0])[0]  # one that came during the last pictures
     data.release_signals()
     if world > 1:
         distributed.destroy_process_group()
@@ -674,7 +676,8 @@ def read_pretrained(source):
     except OSError as error:
         raise OSError(f"--init_from {source}: {error}; give a hub repository, a folder with its "
                       "files, or DLStudio's diffusion.pt") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, json.JSONDecodeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            json.JSONDecodeError) as error:
         raise ValueError(f"--init_from {source}: not what was expected: {error!r}") from error
     settings.update(IMAGE_SIZE=size, CHANNELS=args["channels"], MULTS=tuple(args["mults"]),
                     BLOCKS=args["blocks"], ATTENTION=sizes or (0,), DROPOUT=args["dropout"],

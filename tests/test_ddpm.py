@@ -411,6 +411,14 @@ def test_presets_and_sizes(run, tmp_path, capsys):
     assert "16x16 8 channels with attention, 8x8 16 channels with attention;" in said
 
 
+def test_a_tensor_of_ones_own_decides_the_levels(run, tmp_path, monkeypatch, capsys):
+    images = torch.zeros(16, 1, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(data, "load", lambda *_: (images, None))
+    run(ddpm, tmp_path, "--attention", 16, "--max_steps", 1)  # with --image_size 16
+    said = "32x32 8 channels, 16x16 16 channels with attention"
+    assert said in capsys.readouterr().out
+
+
 def test_fid_at_the_end(run, tmp_path, monkeypatch, capsys):
     from test_fid import Mean
 

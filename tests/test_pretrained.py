@@ -113,6 +113,9 @@ def test_a_folder_in_diffusers_layout(old, kind, net, tmp_path):
     assert ddpm.parse_flags(flags)["IMAGE_SIZE"] == 32
     with pytest.raises(ValueError, match="--mults comes with the weights"):
         ddpm.parse_flags([*flags, "--mults", "1"])
+    with pytest.MonkeyPatch.context() as patch:  # the constant, as one who copies the file edits it
+        patch.setattr(ddpm, "INIT_FROM", str(tmp_path / "hub"))
+        assert ddpm.parse_flags(["--data", "celeba"]) == settings
 
 
 @pytest.mark.parametrize("change, there", [

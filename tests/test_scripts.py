@@ -237,6 +237,20 @@ def test_signals_finish_the_step_save_and_say_so(script, number, status, images,
 
 
 @each
+def test_a_signal_during_the_last_save_counts(script, run, tmp_path, monkeypatch, capsys):
+    save = script.save
+
+    def interrupted(path, **state):
+        save(path, **state)
+        if state["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(script, "save", interrupted)
+    assert run(script, tmp_path, "--max_steps", 3) == 130
+    assert "stopped at step 3" in capsys.readouterr().out
+
+
+@each
 @pytest.mark.parametrize("log_every", [2, 1000])  # seen at a line of the log, or else at a save
 def test_divergence_keeps_the_last_checkpoint(script, log_every, run, tmp_path, monkeypatch):
     run(script, tmp_path, "--max_steps", 4)
