@@ -63,7 +63,7 @@ DEVICE = "auto"         # cuda, mps or cpu; auto: the first of them that is ther
 DTYPE = "auto"          # bfloat16 or float32; auto: bfloat16 on GPUs made for it
 COMPILE = True          # torch.compile the network (on CUDA only)
 LOG_EVERY = 50          # steps between two lines of the log
-SAMPLE_EVERY = 1        # epochs between two grids of samples, by ddim in 50 steps; 0 = none
+SAMPLE_EVERY = 1        # epochs between two grids of samples, in 50 steps each; 0 = none
 FID = 0                 # at the end: FID of so many samples against the data; 0 = none
 RESUME = False          # go on from ckpt.pt in out_dir; with --sample: where that stopped
 SAMPLE = 0              # do not train: write so many images, 1 or more, to out_dir/generated
@@ -492,7 +492,8 @@ def main():
     compiled = data.pick_compile(COMPILE, device)
     fast_ema = torch.compile(ema) if compiled else ema
 
-    quick = dict(steps=min(50, TIMESTEPS), sampler="ddim")
+    # For grids. Noise on the way mends errors of a young network; without it, colours run away
+    quick = dict(steps=min(50, TIMESTEPS), sampler="ddim", eta=1.0)
     chosen = dict(steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
     at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128, 2**19 // size**2 or 1)
 
