@@ -647,6 +647,7 @@ def main():
         if drawn and rank == 0:
             pictures(f"epoch_{epoch + bool(rest):04}.png")
 
+    barrier()  # gloo drops tensors of the last exchange a little later: not while Python ends
     ending = ending or (stop or [0])[0]  # one that came during the last pictures
     data.release_signals()
     if world > 1:

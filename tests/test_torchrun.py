@@ -60,7 +60,7 @@ def start(images, tmp_path):
 def run(start):
     def run(*args):
         process = start(*args)
-        said, _ = process.communicate(timeout=100)
+        said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
         return said
 
