@@ -280,15 +280,60 @@ def test_large_variance_keeps_the_mean_and_x_0_is_clipped():
     assert first == pytest.approx([(beta * (1 - a[49]) / (1 - a[50])).item()**0.5, beta**0.5])
 
 
+# ---- the optimizer
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
+def test_orthogonalize_leaves_directions_and_evens_out_singular_values(shape):
+    torch.manual_seed(0)
+    x = torch.randn(3, *shape, dtype=torch.float64) * torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = torch.linspace(1, 0.01, 16).repeat(3, 1) * s[:, :1]  # a hundredth of the largest, at least
+    y = ddpm.orthogonalize(u * s[:, None] @ v)
+    turned = u.mT @ y @ v.mT
+    values = turned.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(turned, values.diag_embed(), atol=1e-6)
+    assert values.min() > 0.65 and values.max() < 1.25
+    assert not ddpm.orthogonalize(torch.zeros(1, *shape)).any()
+
+
+def test_muon_is_torchs():
+    """torch.optim.Muon takes matrices only, and counts in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (8, 4, 3, 3)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    ours[3].data = ours[3].data.to(memory_format=torch.channels_last)
+    theirs = [nn.Parameter(w.detach().clone().flatten(1)) for w in ours]
+    start = [w.detach().clone() for w in theirs]
+    opts = [ddpm.Muon(ours, 0.02, momentum=0.9),
+            torch.optim.Muon(theirs, 0.02, 0, 0.9, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn_like(b)
+            a.grad = b.grad.view_as(a).clone(memory_format=torch.preserve_format)
+        for opt in opts:
+            opt.step()
+    for a, b, c in zip(ours, theirs, start):
+        way, error = b - c, a.flatten(1) - b
+        assert error.norm() < 0.02 * way.norm()
+        assert way.square().mean()**0.5 > 0.2 * 0.02  # longer than one step of Adam's usual length
+
+
 # ---- a run
 
 
-def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_training_is_that_of_a_plain_loop(run, images, tmp_path, optimizer):
     """Three steps by main() end where Algorithm 1, written plainly, ends from the same start."""
-    run(ddpm, tmp_path, "--max_steps", 3, "--lr", 1e-3, "--beta1", 0.8, "--ema", 0)
+    run(ddpm, tmp_path, "--max_steps", 3, "--lr", 1e-3, "--beta1", 0.8, "--ema", 0,
+        "--optimizer", optimizer)
     torch.manual_seed(0)
     net = ddpm.UNet(3, 8, (1, 2), 1, (False, True), 2)
-    opt = torch.optim.Adam(net.parameters(), 1e-3, (0.8, 0.999))
+    adam, muon = list(net.parameters()), []
+    if optimizer == "muon":  # vectors are Adam's, all else Muon's
+        adam, muon = ([p for p in adam if (p.dim() > 1) == matrix] for matrix in (False, True))
+    opts = [torch.optim.Adam(adam, 1e-3, (0.8, 0.999))]
+    opts += [ddpm.Muon(muon, 1e-3)] if muon else []
     a = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 30) * 1000 / 30).cumprod(0)])
     pictures, _ = data.load(str(images), 16)
     for step, (x_0, _) in zip(range(3), data.batches(pictures, None, 8, 0, 0)):
@@ -296,10 +341,11 @@ def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
         t = torch.randint(1, 31, (8,))
         eps = torch.randn_like(x_0)
         a_t = a[t].view(8, 1, 1, 1)
-        opt.zero_grad()
+        net.zero_grad()
         loss = nn.MSELoss()(net(a_t**0.5 * x_0 + (1 - a_t)**0.5 * eps, t - 1), eps)
         loss.backward()
-        opt.step()
+        for opt in opts:
+            opt.step()
     ckpt = checkpoint(tmp_path)
     for name in ("net", "ema"):
         for key, value in net.state_dict().items():

@@ -68,8 +68,8 @@ def run(start):
 
 
 def assert_equal(a, b):
-    a, b = (tensors({part: checkpoint(out)[part] for part in ("net", "ema", "opt", "sums")})
-            for out in (a, b))
+    parts = ("net", "ema", "opt", "opt_muon", "sums")
+    a, b = (tensors({part: checkpoint(out)[part] for part in parts}) for out in (a, b))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-9)
