@@ -12,8 +12,8 @@ https://arxiv.org/abs/2010.02502) takes fewer, longer steps with the same networ
     python ddpm.py --init_from google/ddpm-celebahq-256 --sample 8 --out_dir out/celebahq
     torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces    # on four GPUs
 
-Measured: 10 epochs on MNIST take 2 hours on 2 CPU cores; then a classifier reads 88 % of 1,000
-samples with a probability above 0.9; of MNIST's test digits, 98 %.
+Measured: 10 epochs on MNIST take 1 h 48 min on 2 CPU cores (--dtype bfloat16); then a classifier
+reads 92 % of 1,000 samples with a probability above 0.9; of MNIST's test digits, 98 %.
 To train on a tensor of your own, use it in main() in place of what data.load() returns.
 """
 import argparse
