@@ -90,7 +90,7 @@ def preset(given):
     own = read_pretrained(source)[1]
     for name in own.keys() & given.keys() & FIXED - {"IMAGE_SIZE"}:
         fail(f"--{name.lower()} comes with the weights of --init_from: leave the flag out")
-    return {**settings, **own}
+    return {**settings, **own, "OPTIMIZER": "adam", "LR": 1e-4}  # for fine-tuning
 
 
 # ---- flags and checkpoints: the same in each script
@@ -663,7 +663,7 @@ def main():
             loss = errors.sum() / count                      # eq. 14
             net.zero_grad()
             (loss * world).backward()  # DistributedDataParallel divides the sum by world
-            with autocast:
+            with autocast:  # Muon multiplies matrices
                 for opt in opts.values():
                     opt.step()
 
@@ -732,8 +732,7 @@ def read_pretrained(source):
             json.JSONDecodeError) as error:
         raise ValueError(f"--init_from {source}: not what was expected: {error!r}") from error
     settings.update(IMAGE_SIZE=size, CHANNELS=args["channels"], MULTS=tuple(args["mults"]),
-                    BLOCKS=args["blocks"], ATTENTION=sizes or (0,), DROPOUT=args["dropout"],
-                    OPTIMIZER="adam", LR=1e-4)  # for fine-tuning
+                    BLOCKS=args["blocks"], ATTENTION=sizes or (0,), DROPOUT=args["dropout"])
     return args, settings, weights
 
 

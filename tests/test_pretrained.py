@@ -111,6 +111,8 @@ def test_a_folder_in_diffusers_layout(old, kind, net, tmp_path):
     flags = ["--init_from", str(tmp_path / "hub"), "--variance", "small", "--image_size", "32"]
     assert ddpm.parse_flags(flags)["VARIANCE"] == "small"
     assert ddpm.parse_flags(flags)["IMAGE_SIZE"] == 32
+    assert (settings["OPTIMIZER"], settings["LR"]) == ("adam", 1e-4)
+    assert ddpm.parse_flags([*flags, "--optimizer", "muon"])["OPTIMIZER"] == "muon"
     with pytest.raises(ValueError, match="--mults comes with the weights"):
         ddpm.parse_flags([*flags, "--mults", "1"])
     with pytest.MonkeyPatch.context() as patch:  # the constant, as one who copies the file edits it
