@@ -452,13 +452,17 @@ def orthogonalize(x):
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # errors of TF32 would grow from round to round
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     square, one = x @ x.mT, torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
     product = one
     for _ in range(5):
         factor = 3.4445 * one - 4.775 * square + 2.0315 * square @ square
         product, square = factor @ product, factor @ square @ factor
-    return product @ x
+    x = product @ x
+    torch.set_float32_matmul_precision(precision)
+    return x
 
 
 # ---- train and sample

@@ -9,6 +9,7 @@ from conftest import checkpoint, log_rows
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import ddpm
@@ -295,6 +296,29 @@ def test_orthogonalize_leaves_directions_and_evens_out_singular_values(shape):
     assert torch.allclose(turned, values.diag_embed(), atol=1e-6)
     assert values.min() > 0.65 and values.max() < 1.25
     assert not ddpm.orthogonalize(torch.zeros(1, *shape)).any()
+
+
+def test_orthogonalize_counts_in_whole_float32():
+    """Errors in directions that a matrix hardly has grow; those of TF32, as on GPUs, too far."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in func.__name__:
+                seen.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 4) @ torch.randn(1, 4, 96) + 1e-4 * torch.randn(1, 64, 96)
+    seen, before = [], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with Watch():
+            y = ddpm.orthogonalize(x)
+        assert set(seen) == {"highest"}
+        assert torch.get_float32_matmul_precision() == "high"  # as the caller has it
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = ddpm.orthogonalize(x.double())
+    assert (y - exact).norm() < 0.01 * exact.norm()
 
 
 def test_muon_is_torchs():
