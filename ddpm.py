@@ -479,7 +479,8 @@ def main():
         wait = datetime.timedelta(hours=6)  # while the first downloads, or draws its last samples
         distributed.init_process_group(backend, timeout=wait)
     barrier = distributed.barrier if world > 1 else lambda: None
-    autocast = torch.autocast(device.type, torch.bfloat16, data.pick_bfloat16(DTYPE, device))
+    bfloat16 = data.pick_bfloat16(DTYPE, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, bfloat16)
     out = Path(OUT_DIR)
     goes_on = (RESUME or SAMPLE) and not INIT_FROM
     ckpt = load(CHECKPOINT or out / "ckpt.pt") if goes_on else None
@@ -517,6 +518,8 @@ def main():
 
     torch.manual_seed(SEED)
     layout = dict(device=device, memory_format=data.best_layout(device))
+    if bfloat16 and device.type == "cpu":  # GroupNorm is then up to 20 times as fast
+        layout["memory_format"] = torch.contiguous_format
     size = shape[2] if shape else IMAGE_SIZE
     sizes = [size // 2**i for i in range(len(MULTS))]
     if INIT_FROM:
@@ -666,7 +669,7 @@ def main():
             quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T                # (4, B), 0 or 1
             if rank:
                 torch.manual_seed((SEED * 10**7 + step) * world + rank)  # for dropout of its own
-            x_t = add_noise(x_0[share], t, eps, alpha_bar)
+            x_t = add_noise(x_0[share], t, eps, alpha_bar).to(**layout)
             with autocast:
                 guess = fast_net(x_t, (t - 1).to(device, non_blocking=x_0.is_cuda)).to(x_0.dtype)
             errors = (eps - guess).square().mean((1, 2, 3))  # of each image

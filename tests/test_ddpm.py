@@ -389,6 +389,21 @@ def test_every_t_is_trained_both_ends_included(run, tmp_path, monkeypatch):
     assert len(counts) == 21 and counts.min() > 5 and counts.max() < 60  # 480 / 21 = 23 each
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_lie_in_memory_as_the_dtype_likes_it_best(run, tmp_path, monkeypatch, dtype):
+    """On the CPU: GroupNorm is slow in bfloat16 where channels come last, convolutions are not."""
+    seen, forward = set(), nn.GroupNorm.forward
+
+    def spy(self, x):
+        seen.add(x.is_contiguous())
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.GroupNorm, "forward", spy)
+    run(ddpm, tmp_path, "--max_steps", 1, "--device", "cpu", "--dtype", dtype)
+    run(ddpm, tmp_path, "--sample", 1, "--sample_steps", 1, "--device", "cpu", "--dtype", dtype)
+    assert seen == {dtype == "bfloat16"}
+
+
 def test_ema_with_warm_up(run, tmp_path):
     before = None
     for step in range(1, 5):

@@ -10,6 +10,8 @@ import torch
 from conftest import ROOT, TINY, checkpoint, log_rows, tensors
 from test_ddpm import files
 
+import ddpm
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and POSIX signals")
 
 DRIVER = f"""
@@ -57,14 +59,14 @@ def start(images, tmp_path):
 
 
 @pytest.fixture
-def run(start):
-    def run(*args):
+def torchrun(start):
+    def torchrun(*args):
         process = start(*args)
         said, _ = process.communicate(timeout=100)
         assert process.returncode == 0, said
         return said
 
-    return run
+    return torchrun
 
 
 def assert_equal(a, b):
@@ -75,14 +77,14 @@ def assert_equal(a, b):
         torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-9)
 
 
-def test_one_two_and_three_processes_end_with_the_same_weights(start, run, tmp_path):
+def test_one_two_and_three_processes_end_with_the_same_weights(start, torchrun, tmp_path):
     """Batches of 8 go to three processes as 2, 3 and 3; two of them end what the three began."""
     one = start(1, tmp_path / "one", "--max_steps", 20, "--flip")  # beside the next, to save time
-    run(2, tmp_path / "two", "--max_steps", 20, "--flip")
+    torchrun(2, tmp_path / "two", "--max_steps", 20, "--flip")
     said, _ = one.communicate(timeout=100)
     assert one.returncode == 0, said
-    run(3, tmp_path / "three", "--max_steps", 13, "--flip")
-    run(2, tmp_path / "three", "--resume", "--max_steps", 20)
+    torchrun(3, tmp_path / "three", "--max_steps", 13, "--flip")
+    torchrun(2, tmp_path / "three", "--resume", "--max_steps", 20)
     for other in ("two", "three"):
         assert_equal(tmp_path / "one", tmp_path / other)
         rows = log_rows(tmp_path / "one"), log_rows(tmp_path / other)
@@ -93,16 +95,17 @@ def test_one_two_and_three_processes_end_with_the_same_weights(start, run, tmp_p
                 assert values[0] == pytest.approx(values[1], rel=1e-4, nan_ok=True)
 
 
-def test_samples_are_shared_out_and_each_is_written_once(run, tmp_path):
-    run(1, tmp_path, "--max_steps", 2)
-    said = run(1, tmp_path, "--sample", 21, "--sample_steps", 2)
+def test_samples_are_shared_out_and_each_is_written_once(run, torchrun, tmp_path):
+    run(ddpm, tmp_path, "--max_steps", 2)
+    run(ddpm, tmp_path, "--sample", 21, "--sample_steps", 2)
     alone, grid = files(tmp_path / "generated"), (tmp_path / "generated.png").read_bytes()
     (tmp_path / "generated.png").unlink()
-    assert run(3, tmp_path, "--sample", 21, "--sample_steps", 2).count("wrote 21") == 1 and said
+    said = torchrun(3, tmp_path, "--sample", 21, "--sample_steps", 2)
+    assert said.count("wrote 21") == 1
     assert files(tmp_path / "generated") == alone and len(alone) == 21
     assert (tmp_path / "generated.png").read_bytes() == grid
     (tmp_path / "generated" / "000009.png").unlink()
-    run(2, tmp_path, "--sample", 21, "--sample_steps", 2, "--resume")
+    torchrun(2, tmp_path, "--sample", 21, "--sample_steps", 2, "--resume")
     assert files(tmp_path / "generated") == alone
 
 
@@ -132,14 +135,14 @@ def test_ctrl_c_at_torchrun_saves(start, tmp_path):
     assert f"stopped at step {step}" in said
 
 
-def test_a_process_that_dies_ends_the_run_and_the_checkpoint_is_whole(start, run, tmp_path):
+def test_a_process_that_dies_ends_the_run_and_the_checkpoint_is_whole(start, torchrun, tmp_path):
     process, began = start(2, tmp_path / "out", "--epochs", 10**6), time.time()
     wait_for_steps(process)
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - began < 60
     step = checkpoint(tmp_path / "out")["step"]
-    run(2, tmp_path / "out", "--resume", "--max_steps", step + 2)
+    torchrun(2, tmp_path / "out", "--resume", "--max_steps", step + 2)
     assert checkpoint(tmp_path / "out")["step"] == step + 2
 
 
