@@ -708,6 +708,10 @@ def pick_bfloat16(name, device):
     if name not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype {name}: give bfloat16, float32 or auto")
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bfloat16" and device.type == "cpu":
+        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
+            print("--dtype bfloat16: this CPU is not made for it; float32 is 10 times as fast",
+                  file=sys.stderr)
     return name == "bfloat16" or name == "auto" and fast
 
 

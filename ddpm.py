@@ -12,8 +12,8 @@ https://arxiv.org/abs/2010.02502) takes fewer, longer steps with the same networ
     python ddpm.py --init_from google/ddpm-celebahq-256 --sample 8 --out_dir out/celebahq
     torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces    # on four GPUs
 
-Measured: 10 epochs on MNIST take 1 h 48 min on 2 CPU cores (--dtype bfloat16); then a classifier
-reads 92 % of 1,000 samples with a probability above 0.9; of MNIST's test digits, 98 %.
+Measured: 10 epochs on MNIST take 1 h 48 min on 2 CPU cores that have bfloat16 (--dtype bfloat16);
+then a classifier reads 92 % of 1,000 samples with a probability above 0.9; of test digits, 98 %.
 To train on a tensor of your own, use it in main() in place of what data.load() returns.
 """
 import argparse
@@ -419,7 +419,8 @@ class Muon(torch.optim.Optimizer):
 
     Of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). A convolution's weights are
     a matrix, too, of a row for each output channel. lr is as Adam's, for steps are as long as its
-    steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982, eq. 4).
+    steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982, eq. 4). torch.optim.Muon does the
+    same in bfloat16, for 2-d weights only: 1.7 s a step on a CPU without, where this takes 60 ms.
     """
 
     def __init__(self, params, lr, momentum=0.95):

@@ -435,3 +435,13 @@ def test_grid_is_row_by_row(tmp_path):
     data.save_grid(images, tmp_path / "new" / "grid.png", columns=3)
     pixels = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert [pixels[y, x, 0] for y in (4, 10) for x in (4, 10, 16)] == [0, 40, 80, 120, 160, 200]
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_bfloat16_on_a_cpu_without_it_is_warned_of(capability, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cpu = torch.device("cpu")
+    assert data.pick_bfloat16("bfloat16", cpu)
+    assert ("float32" in capsys.readouterr().err) == (capability == "AVX2")
+    assert not data.pick_bfloat16("float32", cpu) and not data.pick_bfloat16("auto", cpu)
+    assert not capsys.readouterr().err
