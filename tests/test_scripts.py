@@ -268,6 +268,26 @@ def test_divergence_keeps_the_last_checkpoint(script, log_every, run, tmp_path, 
 
 
 @each
+@pytest.mark.parametrize("damage", ["a part is missing", "a weight is missing", "another shape"])
+def test_a_checkpoint_that_does_not_fit_is_refused(script, damage, run, tmp_path):
+    run(script, tmp_path, "--max_steps", 1)
+    ckpt = checkpoint(tmp_path)
+    part = {"ddpm": "net"}.get(script.__name__, "G")
+    weight = next(k for k, v in ckpt[part].items() if v.ndim)
+    if damage == "a part is missing":
+        del ckpt[part]
+    elif damage == "a weight is missing":
+        del ckpt[part][weight]
+    else:
+        ckpt[part][weight] = torch.zeros(3, 2, 1)
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    for flags in (["--resume", "--max_steps", 2], ["--sample", 1]):
+        with pytest.raises(ValueError, match="does not fit"):
+            run(script, tmp_path, *flags)
+    assert not (tmp_path / "generated").exists()
+
+
+@each
 def test_user_mistakes_are_one_line_with_status_2(script, images, tmp_path):
     """In one process each would take seconds: so the guard's code runs on a list of mistakes."""
     (tmp_path / "empty").mkdir()
