@@ -523,9 +523,12 @@ def save_images(batches, folder, columns=8):
 def remove_images(folder, first):
     """What write_images() left in the folder, whole or not, from number `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("[0-9]" * 6 + ".png*"):
-        if int(file.name[:6]) >= first or file.suffix != ".png":
-            file.unlink()
+    files = [file for file in folder.glob("[0-9]" * 6 + ".png*")
+             if int(file.name[:6]) >= first or file.suffix != ".png"]
+    if files:
+        print(f"removing {len(files)} images of an earlier --sample from {folder}", file=sys.stderr)
+    for file in files:
+        file.unlink()
 
 
 def write_images(batch, folder, first):
@@ -671,6 +674,8 @@ def catch_signals(patient=False):
         stop.append(number)
         if not patient:
             release_signals()
+            # not print(): the signal may come in the middle of one
+            os.write(1, b"stopping after this step or picture; once more ends it at once\n")
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)

@@ -44,7 +44,7 @@ EPOCHS = 10             # passes over the data in all, those before a resume amo
 MAX_STEPS = 0           # steps in all, if that is sooner; 0 = no limit
 BATCH_SIZE = 64         # images a step, over all processes together
 OPTIMIZER = "muon"      # muon: half the steps of adam, or fewer; adam: as in the papers
-LR = 1e-3               # learning rate of both
+LR = 1e-3               # learning rate, of either optimizer
 BETA1 = 0.9             # Adam: decay of the gradients' mean; 0 = no memory
 BETA2 = 0.999           # Adam: decay of the mean of their squares
 TIMESTEPS = 1000        # T: steps from an image to noise
@@ -487,8 +487,11 @@ def main():
     ckpt = load(CHECKPOINT or out / "ckpt.pt") if goes_on else None
     if INIT_FROM and (CHECKPOINT or RESUME and not SAMPLE):
         fail("--init_from begins anew; to go on with such a run, leave it out")
-    if EMA >= 1 or DROPOUT >= 1 or ETA > 1 or FID == 1:
-        fail("--ema and --dropout must be less than 1, --eta 1 at most, and --fid 2 or more")
+    for name, good, limit in (
+            ("EMA", EMA < 1, "less than 1"), ("DROPOUT", DROPOUT < 1, "less than 1"),
+            ("ETA", ETA <= 1, "1 at most"), ("FID", FID != 1, "2 or more")):
+        if not good:
+            fail(f"--{name.lower()} {config()[name]}: give {limit}")
     for name, allowed in dict(OPTIMIZER=("muon", "adam"), SCHEDULE=("linear", "cosine"),
                               SAMPLER=("ddpm", "ddim"), VARIANCE=("small", "large")).items():
         if config()[name] not in allowed:
@@ -649,6 +652,7 @@ def main():
     stop = data.catch_signals(patient=world > 1)
     levels = ", ".join(f"{side}x{side} {CHANNELS * m} channels" + " with attention" * a
                        for side, m, a in zip(sizes, MULTS, net.args["attention"]))
+    levels += ", attention in the middle only" * (not any(net.args["attention"]))
     if rank == 0:
         print(f"U-Net: {levels}; {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
     fast_net = nn.parallel.DistributedDataParallel(net) if world > 1 else net  # averages gradients
@@ -656,7 +660,7 @@ def main():
     one = torch.full((1,), float(rank == 0), device=device)  # counts a step once
     ending = 0  # the number of the signal that stops the run, on whichever process it arrived
 
-    while step < total and not ending:
+    while step < total and not ending and (world > 1 or not stop):
         epoch, start = divmod(step, steps_per_epoch)
         saved_at = time.time()
         for x_0, _ in data.batches(images, None, BATCH_SIZE, SEED, epoch, device, FLIP, start):
@@ -899,6 +903,9 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: copy data.py and fid.py too, pip install the rest", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """DDPM: the U-Net, the mathematics of diffusion, the samplers, the training step, learning."""
 import math
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -429,6 +430,22 @@ def test_denoise_png_goes_from_noise_to_images(run, tmp_path):
     run(ddpm, tmp_path, "--max_steps", 2, "--sample_every", 1)
     width, height = Image.open(tmp_path / "denoise.png").size
     assert (width, height) == (11 * 18 + 2, 8 * 18 + 2)  # 2 pixels between images of 16
+
+
+def test_a_signal_during_pictures_stops_before_the_next_step(run, tmp_path, monkeypatch):
+    """On a CPU they may take a minute: no further step, and above all no further pictures."""
+    save_grid, grids = data.save_grid, []
+
+    def interrupted(images, path, *columns):
+        save_grid(images, path, *columns)
+        grids.append(path.name)
+        if len(grids) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(data, "save_grid", interrupted)
+    assert run(ddpm, tmp_path, "--epochs", 3, "--sample_every", 1) == 130
+    assert grids == ["epoch_0001.png", "denoise.png"]
+    assert checkpoint(tmp_path)["step"] == 6
 
 
 def files(folder):

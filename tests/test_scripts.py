@@ -42,6 +42,10 @@ import {script.__name__}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+    command = [sys.executable, "-B", f"{script.__name__}.py", "--data", "toy-digits"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: No module named 'data': copy data.py .*\n", done.stderr)
     assert [p.name for p in tmp_path.iterdir()] == [f"{script.__name__}.py"]
 
 
@@ -233,7 +237,7 @@ def test_signals_finish_the_step_save_and_say_so(script, number, status, images,
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == status and stderr == ""
-    assert "--resume" in stdout
+    assert "once more ends it" in stdout and "--resume" in stdout
     assert f"stopped at step {script.load(tmp_path / 'ckpt.pt')['step']}" in stdout
 
 
@@ -348,7 +352,7 @@ def test_nothing_that_is_read_can_run_code(script, tmp_path):
 
 
 @each
-def test_sample_i_depends_on_seed_and_i_alone(script, run, tmp_path):
+def test_sample_i_depends_on_seed_and_i_alone(script, run, tmp_path, capsys):
     run(script, tmp_path, "--max_steps", 4)
     generated = tmp_path / "generated"
     run(script, tmp_path, "--sample", 19)
@@ -356,7 +360,9 @@ def test_sample_i_depends_on_seed_and_i_alone(script, run, tmp_path):
     many = {p.name: p.read_bytes() for p in generated.glob("*.png")}
     assert sorted(many) == [f"{i:06}.png" for i in range(19)]
     assert len(set(many.values())) == 19
+    assert "removing" not in capsys.readouterr().err
     run(script, tmp_path, "--sample", 3)
+    assert f"removing 19 images of an earlier --sample from {generated}" in capsys.readouterr().err
     few = {p.name: p.read_bytes() for p in generated.glob("*.png")}
     assert few == {name: many[name] for name in sorted(many)[:3]}
     assert (generated / "mine.txt").exists() and (tmp_path / "generated.png").exists()
