@@ -539,8 +539,9 @@ def write_images(batch, folder, first):
 
 
 def save_overview(folder, columns=8):
-    """A grid of the first 64 images in the folder, beside it."""
-    shown = [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))[:64]]
+    """A grid of the first 64 images that write_images() left in the folder, beside it."""
+    files = sorted(folder.glob("[0-9]" * 6 + ".png"))[:64]
+    shown = [np.asarray(Image.open(file)) for file in files]
     shown = torch.from_numpy(np.stack(shown)).view(len(shown), *shown[0].shape[:2], -1)
     save_grid(shown.permute(0, 3, 1, 2), folder.with_suffix(".png"), columns)
 
@@ -555,7 +556,8 @@ def keep_images(folder, count, made_by):
         raise ValueError(f"{folder} was made otherwise, see {note}: leave out --resume, and it is "
                          "made anew")
     remove_images(folder, count if note.exists() else 0)
-    note.write_text(json.dumps(made_by), "utf-8")
+    with replacing(note) as tmp:
+        tmp.write_text(json.dumps(made_by), "utf-8")
 
 
 def missing_images(folder, count, batch_size):
@@ -569,12 +571,13 @@ def save_grid(images, path, columns=8):
     from torchvision.utils import make_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(make_grid(images.cpu(), columns).permute(1, 2, 0).numpy()).save(path)
+    with replacing(path) as tmp:  # save_gif() reads it in a later run
+        Image.fromarray(make_grid(images.cpu(), columns).permute(1, 2, 0).numpy()).save(tmp, "PNG")
 
 
 def save_gif(folder, path, frames=60):
-    """The .png files of a folder as an animation, evenly thinned out to 60 frames."""
-    files = sorted(folder.glob("*.png"))
+    """epoch_0001.png and so on as an animation, evenly thinned out to 60 frames."""
+    files = sorted(folder.glob("epoch_*.png"))
     if len(files) > frames:
         files = [files[i * (len(files) - 1) // (frames - 1)] for i in range(frames)]
     if files:

@@ -249,8 +249,10 @@ def main():
                 part.load_state_dict(ckpt[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError("the checkpoint does not fit these networks or classes") from error
-        for group in opt_G.param_groups + opt_D.param_groups:
-            group.update(adam)  # a flag given now wins over the checkpoint
+        for opt in (opt_G, opt_D):
+            opt.param_groups[0].update(adam)  # a flag given now wins over the checkpoint
+            for w, state in opt.state.items():  # laid out as w is here: fused steps rely on it
+                state.update({k: torch.empty_like(w).copy_(v) for k, v in state.items() if v.ndim})
 
     def noise(first, count):
         """z of the samples from number `first` on; (seed, i) alone decides number i."""

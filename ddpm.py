@@ -270,7 +270,7 @@ class UNet(nn.Module):
                  attention=(False, False, True), groups=8, dropout=0.0, eps=1e-6,
                  shift=1, cos_first=False, symmetric=False, all_skips=False):
         # what a checkpoint keeps, to build the network anew
-        self.args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         super().__init__()
         widths = [channels * m for m in mults]
         width_t = 4 * channels
@@ -331,11 +331,11 @@ class UNet(nn.Module):
         ValueError, OSError: there is no such thing, or it has what this U-Net does not have
         """
         args, _, weights = read_pretrained(str(source))
+        read_pretrained.cache_clear()
         try:
             net = cls(**{**args, **override})
             net.load_state_dict(weights)
-            read_pretrained.cache_clear()
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{source} is another network: {str(error)[:300]} ...") from error
         return net.eval()
 
@@ -506,8 +506,9 @@ def main():
     alpha_bar = make_alpha_bar(SCHEDULE, TIMESTEPS)
     if not ckpt and not SAMPLE and (out / "ckpt.pt").exists():
         fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
+    loaded = UNet.from_pretrained(INIT_FROM, dropout=DROPOUT).train() if INIT_FROM else None
     if SAMPLE:
-        shape = ckpt["images"] if ckpt else None
+        shape = ckpt["images"] if ckpt else [0, loaded.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE]
     else:
         if local:
             barrier()  # one process of each machine prepares the data while the others wait
@@ -517,6 +518,8 @@ def main():
         shape = list(images.shape)
         if ckpt and ckpt["images"] != shape:
             fail(f"{DATA} is {shape} now; the checkpoint was trained on {ckpt['images']}")
+        if loaded and loaded.args["in_channels"] != shape[1]:
+            fail(f"{DATA} has {shape[1]} channels, --init_from {loaded.args['in_channels']}")
         if min(BATCH_SIZE, len(images)) < world:
             fail(f"{world} processes cannot share batches of {min(BATCH_SIZE, len(images))}")
 
@@ -524,20 +527,12 @@ def main():
     layout = dict(device=device, memory_format=data.best_layout(device))
     if bfloat16 and device.type == "cpu":  # GroupNorm is then up to 20 times as fast
         layout["memory_format"] = torch.contiguous_format
-    size = shape[2] if shape else IMAGE_SIZE
-    sizes = [size // 2**i for i in range(len(MULTS))]
-    if INIT_FROM:
-        net = UNet.from_pretrained(INIT_FROM, dropout=DROPOUT).train()
-        shape = shape or [0, net.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE]
-        if shape[1] != net.args["in_channels"]:
-            fail(f"{DATA} has {shape[1]} channels, --init_from {net.args['in_channels']}")
-    else:
-        args = ckpt["unet"] if ckpt else dict(
-            in_channels=shape[1], channels=CHANNELS, mults=MULTS, blocks=BLOCKS,
-            attention=[size in ATTENTION for size in sizes],
-            groups=math.gcd(128, CHANNELS) // 4 or 1)  # of one channel, they would lose the time
-        net = UNet(**{**args, "dropout": DROPOUT})
-    net = net.to(**layout)
+    sizes = [shape[2] // 2**i for i in range(len(MULTS))]
+    args = ckpt["unet"] if ckpt else dict(
+        in_channels=shape[1], channels=CHANNELS, mults=MULTS, blocks=BLOCKS,
+        attention=[size in ATTENTION for size in sizes],
+        groups=math.gcd(128, CHANNELS) // 4 or 1)  # of one channel, they would lose the time
+    net = (loaded or UNet(**{**args, "dropout": DROPOUT})).to(**layout)
     ema = copy.deepcopy(net).eval().requires_grad_(False)  # the network that we sample with
     weights, averages = list(net.parameters()), list(ema.parameters())
     matrices = [w for w in weights if w.ndim > 1 and OPTIMIZER == "muon"]
@@ -554,16 +549,18 @@ def main():
             raise ValueError("the checkpoint does not fit this network") from error
         for opt in opts.values():
             opt.param_groups[0].update(opt.defaults)  # a flag given now wins over the checkpoint
-    compiled = data.pick_compile(COMPILE, device)
-    fast_ema = torch.compile(ema) if compiled else ema
+            for w, state in opt.state.items():  # laid out as w is here: fused steps rely on it
+                state.update({k: torch.empty_like(w).copy_(v) for k, v in state.items() if v.ndim})
+    fast = torch.compile if data.pick_compile(COMPILE, device) else lambda net: net
+    fast_ema = fast(ema)
 
     # For grids. Noise on the way mends errors of a young network; without it, colours run away
     quick = dict(steps=min(50, TIMESTEPS), sampler="ddim", eta=1.0)
     chosen = dict(steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
-    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128, 2**19 // size**2 or 1)
+    at_once = min(BATCH_SIZE, 16 if device.type == "cpu" else 128, 2**19 // shape[2]**2 or 1)
 
     def draw(first, **how):
-        """Samples `first`, ... as floats: `at_once`, for last bits depend on a batch's size."""
+        """uint8 samples `first`, ...: `at_once` of them, for last bits depend on a batch's size."""
         # (seed, i) decides; steps count their seeds up from the other end of SEED's range
         seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + at_once)]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -573,17 +570,18 @@ def main():
             return torch.stack(each).to(**layout)
 
         with autocast:
-            return sample(fast_ema, noise(), alpha_bar, noise=noise, **how)
+            return data.to_uint8(sample(fast_ema, noise(), alpha_bar, noise=noise, **how))
 
     def generate(begin, end, **how):
         """Yield uint8 batches of samples `begin` ... `end` - 1."""
         for first in range(begin, end, at_once):
-            yield data.to_uint8(draw(first, **how))[:end - first]
+            yield draw(first, **how)[:end - first]
 
     if SAMPLE:
         folder, trained = out / "generated", [ckpt["step"], ckpt["seconds"]] if ckpt else INIT_FROM
         if rank == 0:
-            made_by = dict(chosen, seed=SEED, trained=trained, size=shape[2:], at_once=at_once)
+            made_by = dict(chosen, seed=SEED, trained=trained, size=shape[2:], at_once=at_once,
+                           bfloat16=bfloat16, device=device.type)
             data.keep_images(folder, SAMPLE if RESUME else 0, made_by)
         barrier()
         firsts = data.missing_images(folder, SAMPLE, at_once)
@@ -591,8 +589,7 @@ def main():
         for first in firsts[rank::world]:
             if sys.stderr.isatty():
                 print(f"image {first} of {SAMPLE}", end="\r", file=sys.stderr, flush=True)
-            batch = data.to_uint8(draw(first, **chosen))
-            data.write_images(batch[:SAMPLE - first], folder, first)
+            data.write_images(draw(first, **chosen)[:SAMPLE - first], folder, first)
         barrier()
         if rank == 0:
             data.save_overview(folder)
@@ -608,40 +605,34 @@ def main():
 
     steps_per_epoch = max(1, len(images) // BATCH_SIZE)
     total = min(EPOCHS * steps_per_epoch, MAX_STEPS or math.inf)
-    # sums since the log's last row: steps, loss; loss and images by quarter of t
-    step, seconds, sums = 0, 0.0, torch.zeros(10, device=device)
-    if ckpt:
-        step, seconds, sums = ckpt["step"], ckpt["seconds"], ckpt["sums"].to(device) * (rank == 0)
+    # sums since the log's last row: of losses and of images, by quarter of t
+    past = ckpt or dict(step=0, seconds=0.0, sums=torch.zeros(2, 4))
+    step, seconds, sums = past["step"], past["seconds"], past["sums"].to(device) * (rank == 0)
     out.mkdir(parents=True, exist_ok=True)
     names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
     log = data.Log(out / "log.csv", names, step, seconds) if rank == 0 else None
 
-    def totals():
-        """`sums` over all processes; from here on, the first one holds them."""
+    def gather():
+        """Bring `sums` of all processes into the first one, and stop if they are not finite."""
         if world > 1:
             distributed.all_reduce(sums)
-        values = sums.tolist()  # here, and for checkpoints and pictures, the loop waits for the GPU
-        if not all(map(math.isfinite, values)):
+        if not sums.isfinite().all():  # the loop waits for the GPU here, and for pictures
             fail(f"training diverged by step {step}: a loss or weight is not finite; try a "
                  f"lower --lr (the last checkpoint in {out} stays as it was)")
-        if rank:
-            sums.zero_()
-        return values
+        sums.mul_(rank == 0)  # the first one goes on from the sums of all
 
     def checkpoint():
         if not all(w.isfinite().all() for w in weights):
             sums.fill_(math.nan)  # of all processes, then
-        totals()
-        if rank:
-            return
+        gather()
         state = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "ckpt.pt", **state, config=config(), unet=net.args, images=shape, step=step,
-             epoch=step // steps_per_epoch, seconds=log.seconds(), sums=sums)
+        if rank == 0:
+            save(out / "ckpt.pt", **state, config=config(), unet=net.args, images=shape, step=step,
+                 epoch=step // steps_per_epoch, seconds=log.seconds(), sums=sums)
 
     def pictures(name):
         path = []
-        first = data.to_uint8(draw(0, **quick, path=path))
-        grid = torch.cat([first, *generate(at_once, 64, **quick)])[:64]
+        grid = torch.cat([draw(0, **quick, path=path), *generate(at_once, 64, **quick)])[:64]
         data.save_grid(grid, out / "samples" / name)
         shown = [path[i * (len(path) - 1) // 10][:8] for i in range(11)]  # from x_T to x_0
         data.save_grid(data.to_uint8(torch.stack(shown, 1).flatten(0, 1)), out / "denoise.png", 11)
@@ -655,9 +646,7 @@ def main():
     levels += ", attention in the middle only" * (not any(net.args["attention"]))
     if rank == 0:
         print(f"U-Net: {levels}; {sum(p.numel() for p in net.parameters()):,} weights", flush=True)
-    fast_net = nn.parallel.DistributedDataParallel(net) if world > 1 else net  # averages gradients
-    fast_net = torch.compile(fast_net) if compiled else fast_net
-    one = torch.full((1,), float(rank == 0), device=device)  # counts a step once
+    fast_net = fast(nn.parallel.DistributedDataParallel(net) if world > 1 else net)
     ending = 0  # the number of the signal that stops the run, on whichever process it arrived
 
     while step < total and not ending and (world > 1 or not stop):
@@ -671,7 +660,6 @@ def main():
             count = len(x_0)
             share = slice(count * rank // world, count * (rank + 1) // world)
             t, eps = torch.randint(1, TIMESTEPS + 1, (count,))[share], torch.randn_like(x_0)[share]
-            quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).T                # (4, B), 0 or 1
             if rank:
                 torch.manual_seed((SEED * 10**7 + step) * world + rank)  # for dropout of its own
             x_t = add_noise(x_0[share], t, eps, alpha_bar).to(**layout)
@@ -680,22 +668,22 @@ def main():
             errors = (eps - guess).square().mean((1, 2, 3))  # of each image
             loss = errors.sum() / count                      # eq. 14
             net.zero_grad()
-            (loss * world).backward()  # DistributedDataParallel divides the sum by world
+            (loss * world).backward()  # DistributedDataParallel averages gradients over processes
             for opt in opts.values():
                 opt.step()
 
             with torch.no_grad():
                 decay = min(EMA, (1 + step) / (10 + step))  # warm-up: the initial weights go soon
                 torch._foreach_lerp_(averages, weights, 1 - decay)  # e.lerp_(w, ...) for each pair
-                quarter = quarter.to(x_0, non_blocking=x_0.is_cuda)
-                sums += torch.cat([one, loss[None], quarter @ errors, quarter.sum(1)])
+                quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).to(x_0, non_blocking=x_0.is_cuda)
+                sums += torch.stack([errors @ quarter, quarter.sum(0)])
             step += 1
 
             if step == 1 or step % LOG_EVERY == 0:
-                steps, losses, *quarters = totals()
+                gather()
                 if rank == 0:
-                    quarters = [a / b if b else math.nan for a, b in zip(quarters, quarters[4:])]
-                    log.write(step, total, epoch + 1, count, [losses / steps, *quarters])
+                    totals = torch.cat([sums.sum(1, keepdim=True), sums], 1)  # all t, then each
+                    log.write(step, total, epoch + 1, count, (totals[0] / totals[1]).tolist())
                 sums.zero_()
             ending, due = (stop or [0])[0], time.time() - saved_at > 600
             if world > 1:  # what one process is asked to do, all do
@@ -741,13 +729,16 @@ def read_pretrained(source):
         read = read_improved if Path(source).is_file() else read_diffusers
         args, size, settings, weights = read(source)
         weights = translate(weights, args["blocks"])
-        sizes = tuple(size // 2**i for i, there in enumerate(args["attention"]) if there)
+        sizes = [size // 2**i for i in range(len(args["mults"]))]
+        if sizes[-1] < 1:
+            fail(f"--init_from {source}: its sample_size is {size}, too small for its levels")
     except OSError as error:
         raise OSError(f"--init_from {source}: {error}; give a hub repository, a folder with its "
                       "files, or DLStudio's diffusion.pt") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-            json.JSONDecodeError) as error:
+            UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--init_from {source}: not what was expected: {error!r}") from error
+    sizes = tuple(side for side, there in zip(sizes, args["attention"]) if there)
     settings.update(IMAGE_SIZE=size, CHANNELS=args["channels"], MULTS=tuple(args["mults"]),
                     BLOCKS=args["blocks"], ATTENTION=sizes or (0,), DROPOUT=args["dropout"])
     return args, settings, weights
@@ -762,26 +753,24 @@ def read_diffusers(source):
     attention = [kind.startswith("Attn") for kind in unet["down_block_types"]]
     down = ["Attn" * a + "DownBlock2D" for a in attention]
     linear = scheduler["beta_schedule"] == "linear"
-    possible = dict(  # what each option may be; []: anything
-        act_fn=["silu"], add_attention=[True], attention_head_dim=[None],
-        attn_norm_num_groups=[None], beta_end=[20 / T] * linear, beta_start=[0.1 / T] * linear,
-        beta_schedule=["linear", "squaredcos_cap_v2"],
+    possible = dict(  # what each option may be; []: anything; those that are not here: None
+        act_fn=["silu"], add_attention=[True], beta_end=[20 / T] * linear,
+        beta_schedule=["linear", "squaredcos_cap_v2"], beta_start=[0.1 / T] * linear,
         block_out_channels=[[width * m for m in mults]], center_input_sample=[False],
-        class_embed_type=[None], clip_sample=[True], clip_sample_range=[1],
-        down_block_types=[down], downsample_padding=[0, 1], downsample_type=["conv"], dropout=[],
+        clip_sample=[True], clip_sample_range=[1], down_block_types=[down],
+        downsample_padding=[0, 1], downsample_type=["conv"], dropout=[],
         dynamic_thresholding_ratio=[], flip_sin_to_cos=[], freq_shift=[], in_channels=[],
         layers_per_block=[], mid_block_scale_factor=[1], mid_block_type=["UNetMidBlock2D"],
-        norm_eps=[], norm_num_groups=[], num_class_embeds=[None], num_train_timesteps=[None, T],
+        norm_eps=[], norm_num_groups=[], num_train_timesteps=[None, T],
         out_channels=[unet["in_channels"]], prediction_type=["epsilon"],
         rescale_betas_zero_snr=[False], resnet_time_scale_shift=["default"], sample_max_value=[],
-        sample_size=[], steps_offset=[], thresholding=[False], time_embedding_dim=[None],
-        time_embedding_type=["positional"], trained_betas=[None],
+        sample_size=[], steps_offset=[], thresholding=[False], time_embedding_type=["positional"],
         timestep_spacing=[],  # all are the same for all steps; for fewer --sample_steps decides
         up_block_types=[[kind.replace("Down", "Up") for kind in down[::-1]]],
         upsample_type=["conv"], variance_type=["fixed_large", "fixed_small_log", "fixed_small"])
     for name, value in {"attention_head_dim": 8, **scheduler, **unet}.items():  # 8: their default
-        few = [] if name.startswith("_") else possible.get(name, ["no option"])
-        if few and value not in few:
+        few = possible.get(name, [None])
+        if few and value not in few and not name.startswith("_"):
             fail(f"--init_from {source}: its {name} is {value}, here that is {few[-1]}")
     args = dict(in_channels=unet["in_channels"], channels=width, mults=mults, attention=attention,
                 blocks=unet["layers_per_block"], groups=unet["norm_num_groups"],
@@ -799,7 +788,8 @@ def read_diffusers(source):
 def read_improved(source):
     """A state dict of UNetModel with one head, as DLStudio ships it; the shapes tell its sizes."""
     weights = read_weights(Path(source))
-    width, channels = weights["input_blocks.0.0.weight"].shape[:2]
+    shape = weights["input_blocks.0.0.weight"].shape
+    width, channels = shape[0], shape[1]
     if len(weights["out.2.weight"]) != channels:
         fail(f"--init_from {source}: it learned variances, too; here they are fixed")
     outputs = {int(name.split(".")[1]): len(weight) for name, weight in weights.items()
@@ -819,10 +809,8 @@ def translate(weights, blocks):
         n = int(m[2]) * (blocks + 1 + (m[1] == "up")) + int(m[4])
         return f"{m[1]}.{n}" + ".attention" * (m[3] == "attentions")
 
-    def counted(m):  # improved-diffusion counts blocks on over all levels, on the way up
-        level, n = divmod(int(m[1]), blocks + 1)
-        kind = "" if m[3] else ".attention" * int(m[2])
-        return f"up.{level * (blocks + 2) + n + bool(m[3])}" + kind
+    def up(m):  # improved-diffusion counts blocks on over all levels, and upsamplings with them
+        return f"up.{int(m[1]) + int(m[1]) // (blocks + 1) + m[2].endswith('conv')}"
 
     rules = {
         r"(\w+)samplers\.0\.conv": lambda m: f"resnets.{blocks + (m[1] == 'up')}",
@@ -832,10 +820,10 @@ def translate(weights, blocks):
         r"time_emb_proj": "time", r"conv_shortcut": "skip", r"group_norm": "norm",
 
         r"^time_embed\.": "time.", r"^input_blocks\.0\.0": "conv_in",
+        r"^((in|out)put_blocks\.\d+|middle_block)\.1\.(norm|qkv|proj_out)": r"\1.0.attention.\3",
         r"^input_blocks\.(\d+)\.0(\.op)?": lambda m: f"down.{int(m[1]) - 1}",
-        r"^input_blocks\.(\d+)\.1": lambda m: f"down.{int(m[1]) - 1}.attention",
-        r"^middle_block\.0": "middle.0", r"^middle_block\.1": "middle.0.attention",
-        r"^middle_block\.2": "middle.1", r"^output_blocks\.(\d+)\.(\d)(\.conv)?": counted,
+        r"^output_blocks\.(\d+)\.(0|\d\.conv)": up,
+        r"^middle_block\.0": "middle.0", r"^middle_block\.2": "middle.1",
         r"in_layers\.0": "norm1", r"in_layers\.2": "conv1", r"emb_layers\.1": "time",
         r"out_layers\.0": "norm2", r"out_layers\.[23]": "conv2", r"skip_connection": "skip",
         r"conv_norm_out|^out\.0": "norm_out", r"^out\.2": "conv_out",

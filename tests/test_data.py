@@ -430,6 +430,35 @@ def test_gif_has_sixty_frames_at_most(tmp_path):
         assert np.asarray(gif.convert("L")).mean() == 255  # the last one is always among them
 
 
+def test_a_grid_that_is_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
+    grid, save = tmp_path / "epoch_0001.png", Image.Image.save
+    data.save_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), grid)
+    before = grid.read_bytes()
+
+    def half(image, path, *format):
+        save(image, path, *format)
+        os.truncate(path, 40)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        data.save_grid(torch.ones(4, 1, 8, 8, dtype=torch.uint8), grid)
+    assert grid.read_bytes() == before and list(tmp_path.iterdir()) == [grid]
+
+
+def test_pictures_of_ones_own_stay_and_are_no_samples(tmp_path):
+    samples, generated = tmp_path / "samples", tmp_path / "generated"
+    data.save_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), samples / "epoch_0001.png")
+    generated.mkdir()
+    Image.new("RGB", (40, 30)).save(generated / "mine.png")
+    (samples / "mine.png").write_bytes(b"no picture")
+    data.save_images([torch.ones(3, 1, 8, 8, dtype=torch.uint8)], generated)
+    data.save_gif(samples, tmp_path / "samples.gif")
+    assert Image.open(tmp_path / "generated.png").size == (3 * 10 + 2, 12)
+    assert Image.open(generated / "mine.png").size == (40, 30)
+    assert Image.open(tmp_path / "samples.gif").n_frames == 1
+
+
 def test_grid_is_row_by_row(tmp_path):
     images = torch.arange(6, dtype=torch.uint8).mul(40).view(6, 1, 1, 1).repeat(1, 3, 4, 4)
     data.save_grid(images, tmp_path / "new" / "grid.png", columns=3)

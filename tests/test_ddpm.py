@@ -487,6 +487,8 @@ def test_a_stopped_sample_run_goes_on(run, tmp_path, monkeypatch):
     assert len(list((tmp_path / "generated").iterdir())) == 20
     with pytest.raises(ValueError, match="made otherwise"):
         run(ddpm, tmp_path, "--sample", 20, "--sample_steps", 5, "--resume")
+    with pytest.raises(ValueError, match="made otherwise"):
+        run(ddpm, tmp_path, *how, "--resume", "--dtype", "bfloat16")
     assert files(tmp_path / "generated") == whole
     run(ddpm, tmp_path, "--sample", 5, "--sample_steps", 4, "--resume")  # fewer: the first five
     assert files(tmp_path / "generated") == {f"{i:06}.png": whole[f"{i:06}.png"] for i in range(5)}

@@ -131,6 +131,9 @@ def test_a_folder_in_diffusers_layout(old, kind, net, tmp_path):
     (dict(in_channels=None, out_channels=None), "another network"),
     (dict(norm_num_groups=3), "another network"), (dict(norm_num_groups=0), "another network"),
     (dict(sample_size=None), "not what was"), (dict(sample_size=[16, 16]), "not what was"),
+    (dict(sample_size=None, down_block_types=["DownBlock2D"] * 3,
+          up_block_types=["UpBlock2D"] * 3), "not what was"), (dict(sample_size=2), "too small"),
+    (dict(down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2), "another net"),
     (dict(block_out_channels=[0, 0, 0]), "not what was"),
     (dict(layers_per_block=3), "another network"), (dict(down_block_types=None), "not what was")])
 def test_what_the_unet_does_not_have_is_refused_by_name(change, there, net, tmp_path):
@@ -143,6 +146,23 @@ def test_what_the_unet_does_not_have_is_refused_by_name(change, there, net, tmp_
         ddpm.read_pretrained.cache_clear()
         with pytest.raises(ValueError, match=there):
             ddpm.UNet.from_pretrained(tmp_path / "hub")
+
+
+def test_a_mended_source_is_read_anew(net, tmp_path):
+    write(tmp_path / "hub", net, config=dict(layers_per_block=3))
+    with pytest.raises(ValueError, match="another network"):
+        ddpm.UNet.from_pretrained(tmp_path / "hub")
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(CONFIG))
+    ddpm.UNet.from_pretrained(tmp_path / "hub")
+
+
+def test_strange_bytes_are_refused_with_the_name_of_their_source(net, tmp_path):
+    write(tmp_path / "hub", net)
+    (tmp_path / "hub" / "config.json").write_bytes(b"\xff\xfe{}")
+    torch.save({"input_blocks.0.0.weight": torch.ones(3)}, tmp_path / "diffusion.pt")
+    for source in ("hub", "diffusion.pt"):
+        with pytest.raises(ValueError, match=f"{source}: not what was"):
+            ddpm.UNet.from_pretrained(tmp_path / source)
 
 
 @pytest.mark.parametrize("change", [
