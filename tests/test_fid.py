@@ -162,7 +162,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch, fid
 class Features(torch.nn.Module):
     def forward(self, images):
-        return torch.randn(len(images), 2048)
+        return torch.randn(len(images), 512)
 torch.set_num_threads(1)
 one = torch.zeros(500, 3, 8, 8, dtype=torch.uint8)
 for count in (4, 40):
