@@ -13,7 +13,7 @@ out: the first GAN (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661).
 
 Measured: 50 epochs on MNIST take 21 minutes on 2 CPU cores; then a classifier reads 99.6 % of
 10,000 samples as asked for.
-To train on a tensor of your own, use it in main() in place of what data.load() returns.
+To train on tensors of your own, in main() set images, uint8 (N, C, H, W), and labels, int64 (N,).
 """
 import argparse
 import copy
@@ -215,6 +215,8 @@ def main():
     ckpt = load(CHECKPOINT or out / "ckpt.pt") if RESUME or SAMPLE else None
     if EMA >= 1 or FID == 1:
         fail("--ema must be less than 1, and --fid 2 or more")
+    if LABEL and not SAMPLE:
+        fail("--label goes with --sample")
     if not ckpt and (out / "ckpt.pt").exists():
         fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
     if SAMPLE:
@@ -230,8 +232,6 @@ def main():
         classes = int(labels.max()) + 1 if CONDITIONAL else 0
         if min(BATCH_SIZE, len(images)) < 2:
             fail("BatchNorm needs batches of two images or more")
-    if LABEL and not SAMPLE:
-        fail("--label goes with --sample")
     asked = [int(c) if c.isdecimal() else -1 for c in LABEL.split(",")] if LABEL else range(classes)
     if not all(0 <= c < classes for c in asked):
         fail(f"--label {LABEL}: the checkpoint has {classes} classes, counted from 0")

@@ -9,7 +9,7 @@ set from those that the generator G makes of random numbers, G learns to make D 
     python dcgan.py --sample 1000                 # write images from it to out/dcgan/generated
 
 Measured: 8 epochs of 25,000 faces take 51 minutes on 2 CPU cores; README.md shows what they give.
-To train on a tensor of your own, use it in main() in place of what data.load() returns.
+To train on a tensor of your own, in main() write images = tensor, uint8 (N, C, H, W).
 """
 import argparse
 import copy

@@ -122,7 +122,7 @@ def test_classes_come_from_the_data(run, tmp_path):
     run(cgan, tmp_path / "out", "--conditional", *flags, data=tmp_path / "pets")
     assert checkpoint(tmp_path / "out")["classes"] == 3
     with pytest.raises(ValueError, match="--label goes with --sample"):
-        run(cgan, tmp_path / "other", "--conditional", "--label", "1", data=tmp_path / "pets")
+        run(cgan, tmp_path / "other", "--label", "1", data=tmp_path / "nowhere")  # before loading
     with pytest.raises(ValueError, match="two images"):
         run(cgan, tmp_path / "other", "--conditional", *flags, "--limit", 1, data=tmp_path / "pets")
     with pytest.raises(ValueError, match="3 classes"):
