@@ -1,25 +1,26 @@
 """CGAN: digits on demand (Mirza & Osindero 2014, https://arxiv.org/abs/1411.1784).
 
-Two fully connected networks play a game: the discriminator D learns to tell images of a data set
-from those that the generator G makes of random numbers, G learns to make D take them for real. Both
-are told the label, so that G learns to draw what it is asked for. --no-conditional leaves the label
-out: the first GAN (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661).
+Two fully connected networks are trained against each other: the discriminator D to tell images of a
+data set from generated ones, the generator G to turn random numbers into images that D takes for
+real. Both also get the label of the image, so G learns to draw the class that it is given. With
+--no-conditional there are no labels: the first GAN (Goodfellow et al. 2014,
+https://arxiv.org/abs/1406.2661).
 
     python cgan.py                                # conditional GAN on MNIST, into out/cgan
     python cgan.py --no-conditional --out_dir out/gan
     python cgan.py --sample 100 --label 7         # write a hundred sevens to out/cgan/generated
-    python cgan.py --sample 8 --label 2,0,2,6     # these in turn; all classes in turn without it
+    python cgan.py --sample 8 --label 2,0,2,6     # these in turn; without --label, all classes
     python cgan.py --data path/to/folders         # your own: a folder of images for each class
 
-Measured: 50 epochs on MNIST take 21 minutes on 2 CPU cores; then a classifier reads 99.6 % of
-10,000 samples as asked for.
-To train on tensors of your own, in main() set images, uint8 (N, C, H, W), and labels, int64 (N,).
+To train on tensors of your own, write images, labels = tensor, classes in main(): uint8
+(N, C, H, W) and int64 (N,).
 """
 import argparse
 import copy
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,133 +29,43 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot, softplus
 
-# ---- config: every UPPER_CASE constant is also a flag, e.g. --batch_size 64 --no-flip
+# ---- config: every constant is also a flag, e.g. --batch_size 64 --no-conditional
 
 DATA = "mnist"          # celeba, mnist, toy-faces, toy-digits; or a folder, .zip, .npy or .npz
 DATA_DIR = "data"       # where the named sets are found, downloaded and cached
-OUT_DIR = "out/cgan"    # everything that a run writes
+OUT_DIR = "out/cgan"    # where the run writes
 IMAGE_SIZE = 28         # pixels a side
-LIMIT = 0               # train on the first so many images only; 0 = all
-FLIP = False            # mirror images at random (on for celeba and toy-faces)
-EPOCHS = 50             # passes over the data in all, those before a resume among them
-MAX_STEPS = 0           # steps in all, if that is sooner; 0 = no limit
-BATCH_SIZE = 128        # images a step
-LR = 2e-4               # Adam: learning rate of both networks
-BETA1 = 0.5             # Adam: decay of the gradients' mean; 0 = no memory
-BETA2 = 0.999           # Adam: decay of the mean of their squares
-CONDITIONAL = True      # tell both networks the label
-LATENT = 100            # numbers in z, the noise that an image is made from
+LIMIT = 0               # only the first N images; 0 = all
+FLIP = False            # mirror images at random; not for digits
+EPOCHS = 50             # in total, also after a resume
+MAX_STEPS = 0           # in total, if that is sooner; 0 = no limit
+BATCH_SIZE = 128        # images in a step
+LR = 2e-4               # learning rate of both Adam optimizers
+BETA1 = 0.5             # Adam: decay of the average gradient
+BETA2 = 0.999           # Adam: decay of the average squared gradient
+CONDITIONAL = True      # give both networks the label
+LATENT = 100            # numbers in z, the noise that becomes an image
 WIDTH = 128             # units of the narrowest layer; the widest has 8 times as many
 EMA = 0.999             # decay of the averaged G that samples come from; 0 = the latest G
-SEED = 0                # decides initial weights, noise and order of images; 0 is one like any
-DEVICE = "auto"         # cuda, mps or cpu; auto: the first of them that is there
-DTYPE = "auto"          # bfloat16 or float32; auto: bfloat16 on GPUs made for it
-COMPILE = True          # torch.compile both networks (on CUDA only)
-LOG_EVERY = 50          # steps between two lines of the log
+SEED = 0                # of initial weights, noise and the order of images
+DEVICE = "auto"         # cuda, mps or cpu; auto = the first of them that there is
+DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
+COMPILE = True          # use torch.compile (on CUDA only)
+LOG_EVERY = 50          # steps between two rows of the log
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = none
-FID = 0                 # at the end: FID of so many samples against the data; 0 = none
-RESUME = False          # go on from ckpt.pt in out_dir
-SAMPLE = 0              # do not train: write so many images, 1 or more, to out_dir/generated
-LABEL = ""              # for --sample: a class, or some, as in 2,0,2,6, in turn; all by default
-CHECKPOINT = ""         # for --sample: the checkpoint, if it is not ckpt.pt in out_dir
+FID = 0                 # after training, FID of N samples against N images; 0 = none
+RESUME = False          # go on from ckpt.pt in OUT_DIR
+SAMPLE = 0              # do not train, but write N images to OUT_DIR/generated
+LABEL = ""              # with --sample: classes in turn, e.g. 7 or 2,0,2,6; default: all in turn
 
-FACES = dict(IMAGE_SIZE=32, FLIP=True, CONDITIONAL=False)
-PRESETS = {"celeba": FACES, "toy-faces": FACES}
-FIXED = {"DATA", "IMAGE_SIZE", "LIMIT", "FLIP", "BATCH_SIZE", "LATENT", "WIDTH",
-         "CONDITIONAL"}  # in a checkpoint
-LOCAL = {"DATA_DIR", "OUT_DIR", "MAX_STEPS", "DEVICE", "DTYPE", "COMPILE", "LOG_EVERY",
-         "SAMPLE_EVERY", "RESUME", "SAMPLE", "LABEL", "CHECKPOINT"}  # never taken from a checkpoint
-
-
-def preset(given):
-    """What takes the place of constants: a data set's settings."""
-    return PRESETS.get(given.get("DATA", DATA), {})
-
-
-# ---- flags and checkpoints: the same in each script
-
-
-def config():
-    """All constants by name; the types leave out what is imported under an upper-case name."""
-    plain = (int, float, str, tuple)
-    return {k: v for k, v in globals().items() if k.isupper() and isinstance(v, plain)}
-
-
-def parse_flags(argv=None):
-    """Each constant: as its flag says, or the checkpoint, or a preset, or this file."""
-    notes = dict(re.findall(r"^(\w+) = .*?  # (.+)$", Path(__file__).read_text("utf-8"), re.M))
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    for name, default in config().items():
-        kind = type(default[0] if isinstance(default, tuple) else default)
-        options = dict(type=kind, metavar=kind.__name__)
-        if isinstance(default, tuple):
-            options["nargs"] = "+"
-        elif kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        flag, note = f"--{name.lower()}", f"{notes[name]} (default: {default})".replace("%", "%%")
-        spellings = dict.fromkeys((flag, flag.replace("_", "-")))
-        parser.add_argument(*spellings, dest=name, help=note, **options)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():  # a number is positive, unless the comment says what 0 means
-        given[name] = tuple(value) if isinstance(value, list) else value
-        for v in value if isinstance(value, list) else [value]:
-            zero = v == 0 and "0" in notes[name].split()
-            if type(v) in (int, float) and not (0 < v < 2**32 or zero):
-                fail(f"--{name.lower()} {v} is out of range: {notes[name]}")
-
-    settings = {**config(), **preset(given), **given}
-    if settings["CHECKPOINT"] and not settings["SAMPLE"]:
-        fail("--checkpoint goes with --sample; --resume goes on from ckpt.pt in --out_dir")
-    if (settings["RESUME"] or settings["SAMPLE"]) and not settings.get("INIT_FROM"):
-        saved = load(settings["CHECKPOINT"] or Path(settings["OUT_DIR"], "ckpt.pt"))["config"]
-        for name in FIXED & given.keys():
-            if given[name] != saved[name]:
-                fail(f"--{name.lower()} {given[name]}: the checkpoint has {saved[name]}; leave "
-                     "the flag out, or train anew with another --out_dir")
-        settings.update({k: v for k, v in saved.items() if k not in LOCAL | given.keys()})
-    return settings
-
-
-def fail(message):
-    """Stop on a user's mistake: the guard below prints it as one line and exits with status 2."""
-    raise ValueError(message)
-
-
-def save(path, **state):
-    """Write a checkpoint beside, then rename it: whatever happens meanwhile, `path` is whole."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        torch.save(dict(state, model=__doc__.split(":")[0]), tmp)
-        os.replace(tmp, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def load(path):
-    """What save() wrote: only tensors and plain values are read, so nothing in it can run."""
-    if not Path(path).is_file():
-        fail(f"no checkpoint {path}: train first, or name the --out_dir of a run")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        model = ckpt["model"]
-    except Exception as error:  # a damaged or foreign file makes torch raise nearly anything
-        raise ValueError(f"{path} is no checkpoint ({type(error).__name__})") from error
-    if model != __doc__.split(":")[0]:
-        fail(f"{path} is a checkpoint of another model: {model}")
-    return ckpt
-
-
-# ---- model
+# ---- networks
 
 
 def join(x, y, classes):
-    """The one idea of the paper: the label, one-hot, is more input. No classes: a plain GAN."""
-    return torch.cat([x, one_hot(y, classes).to(x.dtype)], 1) if classes else x
+    """x (B, n) and labels y (B,) -> (B, n + classes), with labels one-hot (section 3.2)."""
+    if classes == 0:
+        return x
+    return torch.cat([x, one_hot(y, classes).to(x.dtype)], 1)
 
 
 class Generator(nn.Module):
@@ -167,14 +78,15 @@ class Generator(nn.Module):
         layers = []
         for a, b in zip(sizes, sizes[1:]):
             layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.LeakyReLU(0.2, True)]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], math.prod(shape)), nn.Tanh())
+        layers += [nn.Linear(sizes[-1], math.prod(shape)), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, z, y):
+    def forward(self, z, y=None):
         return self.layers(join(z, y, self.classes)).view(-1, *self.shape)
 
 
 class Discriminator(nn.Module):
-    """Images (B, *shape) and labels (B,) -> logits (B,): D(x) = sigmoid(logit)."""
+    """Images (B, *shape) and labels (B,) -> logits (B,), where D(x) = sigmoid(logit)."""
 
     def __init__(self, shape=(1, 28, 28), classes=10, width=128):
         super().__init__()
@@ -182,10 +94,11 @@ class Discriminator(nn.Module):
         sizes = [math.prod(shape) + classes, 4 * width, 4 * width, 4 * width]
         layers = []
         for a, b in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(a, b), nn.LeakyReLU(0.2, True)]  # no dropout: see README.md
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+            layers += [nn.Linear(a, b), nn.LeakyReLU(0.2, True)]
+        layers += [nn.Linear(sizes[-1], 1)]
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, x, y):
+    def forward(self, x, y=None):
         return self.layers(join(x.flatten(1), y, self.classes)).flatten()
 
 
@@ -193,201 +106,226 @@ class Discriminator(nn.Module):
 # With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
-def loss_d(real, fake):
-    """D ascends log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
-    return softplus(-real).mean() + softplus(fake).mean()
+def loss_d(real_logit, fake_logit):
+    """D maximizes log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
+    return softplus(-real_logit).mean() + softplus(fake_logit).mean()
 
 
-def loss_g(fake):
-    """G ascends log D(G(z)), whose gradient does not fade where D is sure (section 3)."""
-    return softplus(-fake).mean()
+def loss_g(fake_logit):
+    """G maximizes log D(G(z)), which keeps its gradient where D is sure (section 3)."""
+    return softplus(-fake_logit).mean()
 
 
-# ---- train and sample
+# ---- train or sample
 
 
-def main():
-    import data  # not at the top: the networks above need nothing but torch
+def main(settings, ckpt):
+    """settings: the constants by name; ckpt: what --resume or --sample starts from, or None."""
+    import data  # here, so that the networks above can be imported with torch alone
 
-    device = data.pick_device(DEVICE)
-    autocast = torch.autocast(device.type, torch.bfloat16, data.pick_bfloat16(DTYPE, device))
     out = Path(OUT_DIR)
-    ckpt = load(CHECKPOINT or out / "ckpt.pt") if RESUME or SAMPLE else None
-    if EMA >= 1 or FID == 1:
-        fail("--ema must be less than 1, and --fid 2 or more")
-    if LABEL and not SAMPLE:
-        fail("--label goes with --sample")
     if not ckpt and (out / "ckpt.pt").exists():
-        fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
-    if SAMPLE:
-        shape, classes = ckpt["images"], ckpt["classes"]
-    else:
-        images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT, device)
-        shape = list(images.shape)
-        if ckpt and ckpt["images"] != shape:
-            fail(f"{DATA} is {shape} now; the checkpoint was trained on {ckpt['images']}")
-        if CONDITIONAL and labels is None:
-            fail(f"{DATA} has no classes (a folder of images for each): give --no-conditional")
-        labels = labels if CONDITIONAL else None
-        classes = int(labels.max()) + 1 if CONDITIONAL else 0
-        if min(BATCH_SIZE, len(images)) < 2:
-            fail("BatchNorm needs batches of two images or more")
-    asked = [int(c) if c.isdecimal() else -1 for c in LABEL.split(",")] if LABEL else range(classes)
-    if not all(0 <= c < classes for c in asked):
-        fail(f"--label {LABEL}: the checkpoint has {classes} classes, counted from 0")
+        sys.exit(f"error: {out} holds a run: give --resume to go on, or another --out_dir")
+    try:  # what can fail because of a flag or a file
+        if LABEL and not SAMPLE:
+            raise ValueError("--label goes with --sample")
+        device, bfloat16, compiled = data.pick_device(DEVICE, DTYPE, COMPILE)
+        if SAMPLE:
+            shape, classes = ckpt["shape"], ckpt["classes"]
+        else:
+            images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
+            if not CONDITIONAL:
+                labels = None
+            elif labels is None:
+                raise ValueError(f"{DATA} has no labels: give --no-conditional")
+            shape = list(images.shape[1:])
+            classes = int(labels.max()) + 1 if CONDITIONAL else 0
+            get_batch = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device)
+        known = [str(label) for label in range(classes)]
+        asked = LABEL.split(",") if LABEL else known
+        if not set(asked) <= set(known):
+            raise ValueError(f"--label {LABEL}: {out} has {classes} classes, counted from 0")
+        asked = torch.tensor([int(label) for label in asked])
+        columns = len(asked) if len(asked) > 1 else 8  # of a grid: a class in each column
+        if FID and not SAMPLE:
+            import fid
 
-    torch.manual_seed(SEED)
-    G = Generator(shape[1:], classes, LATENT, WIDTH).to(device)
-    D = Discriminator(shape[1:], classes, WIDTH).to(device)
-    ema = copy.deepcopy(G).eval().requires_grad_(False)  # the generator that we sample from
-    adam = dict(lr=LR, betas=(BETA1, BETA2))
-    opt_G = torch.optim.Adam(G.parameters(), **adam, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), **adam, fused=True)
-    parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
-    if ckpt:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(ckpt[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError("the checkpoint does not fit these networks or classes") from error
-        for group in opt_G.param_groups + opt_D.param_groups:
-            group.update(adam)  # a flag given now wins over the checkpoint
-
-    def noise(first, count):
-        """z of the samples from number `first` on; (seed, i) alone decides number i."""
-        seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + count)]  # steps count up
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        return torch.stack([torch.randn(LATENT, generator=g) for g in generators]).to(device)
-
-    def label(first, count):
-        """The classes of the samples from number `first` on: those asked for, in turn."""
-        order = [asked[i % len(asked)] for i in range(first, first + count)] if classes else []
-        return torch.tensor(order, device=device)
-
-    def generate(count):
-        """Yield uint8 batches of samples 0, 1, ... `count` - 1."""
-        for first in range(0, count, BATCH_SIZE):  # whole ones: last bits depend on a batch's size
-            batch = ema(noise(first, BATCH_SIZE), label(first, BATCH_SIZE))
-            yield data.to_uint8(batch)[:count - first]
-
-    columns = len(asked) if len(asked) > 1 else 8  # of a grid: a class each
-    if SAMPLE:
-        data.save_images(generate(SAMPLE), out / "generated", columns)
-        print(f"wrote {SAMPLE} images to {out / 'generated'} and a grid to {out / 'generated.png'}")
-        return 0
-
-    if FID:  # now, for there is no use in training first if its weights are missing
-        import fid
-
-        inception = fid.Inception().to(device)
-
-    steps_per_epoch = max(1, len(images) // BATCH_SIZE)
-    total = min(EPOCHS * steps_per_epoch, MAX_STEPS or math.inf)
-    step, seconds, sums = 0, 0.0, torch.zeros(5, device=device)  # sums: since the log's last row
-    if ckpt:
-        step, seconds, sums = ckpt["step"], ckpt["seconds"], ckpt["sums"].to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    log = data.Log(out / "log.csv", ("loss_D", "loss_G", "D(x)", "D(G(z))"), step, seconds)
-
-    def checkpoint():
-        if not all(t.isfinite().all() for t in [sums, *G.parameters(), *D.parameters()]):
-            fail(f"training diverged by step {step}: a loss is not finite; try a lower --lr "
-                 f"(the last checkpoint in {out} stays as it was)")
-        state = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "ckpt.pt", **state, config=config(), images=shape, classes=classes, step=step,
-             epoch=step // steps_per_epoch, seconds=log.seconds(), sums=sums)
+            inception = fid.Inception().to(device)
+        torch.manual_seed(SEED)
+        G = Generator(shape, classes, LATENT, WIDTH).to(device)
+        D = Discriminator(shape, classes, WIDTH).to(device)
+        ema = copy.deepcopy(G).eval().requires_grad_(False)
+        opt_G = torch.optim.Adam(G.parameters(), LR, (BETA1, BETA2), fused=True)
+        opt_D = torch.optim.Adam(D.parameters(), LR, (BETA1, BETA2), fused=True)
+        parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
+        if ckpt:
+            data.restore(parts, ckpt)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
     @torch.no_grad()
-    def pictures(name):
-        data.save_grid(torch.cat(list(generate(10 * columns))), out / "samples" / name, columns)
-        now_G, now_D = copy.deepcopy((G, D))  # copies: BatchNorm's statistics move while training
-        x, y = next(data.batches(images, labels, 512, SEED, 0, device))
-        fake_y = label(0, 512)
-        fake = now_G(noise(0, 512), fake_y)
-        p_real, p_fake = now_D(x, y).sigmoid(), now_D(fake, fake_y).sigmoid()
-        data.save_histograms(p_real, p_fake, x, fake, out / "prob" / name)
-        data.save_curves(out / "log.csv", out / "loss.png")
+    def generate(count):
+        """Yield uint8 batches of samples 0, 1, ... count - 1; (SEED, i) alone decides batch i."""
+        for i in range(math.ceil(count / 64)):
+            generator = torch.Generator().manual_seed((SEED + 1) * 10**7 - 1 - i)
+            z = torch.randn(64, LATENT, generator=generator).to(device)
+            y = None
+            if classes:
+                numbers = torch.arange(64 * i, 64 * i + 64)
+                y = asked[numbers % len(asked)].to(device)
+            yield data.to_uint8(ema(z, y))[:count - 64 * i]
 
-    if not ckpt:
-        checkpoint()  # claims the folder, and finds out now if the disk is full
+    if SAMPLE:
+        data.remove_images(out / "generated")
+        for i, batch in enumerate(generate(SAMPLE)):
+            data.save_images(batch, out / "generated", first=64 * i)
+            if i == 0:
+                data.save_grid(batch, out / "generated.png", columns)
+        print(f"wrote {SAMPLE} images to {out / 'generated'}")
+        return
+
+    # running averages of both losses, D(x) and D(G(z)): they stay on the device until a log row
+    average = torch.zeros(4, device=device)
+    step, rows = 0, []
+    if ckpt:
+        average.copy_(ckpt["average"])
+        step, rows = ckpt["step"], ckpt["log"]
+    names = ("loss_D", "loss_G", "D(x)", "D(G(z))")
+    log = data.Log(out / "log.csv", names, step, rows)
+    if compiled:
+        G.compile()
+        D.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    total = min(EPOCHS * len(get_batch), MAX_STEPS or math.inf)
+    done = step >= total
     stop = data.catch_signals()
-    compiled = data.pick_compile(COMPILE, device)
-    fast_G, fast_D = (torch.compile(G), torch.compile(D)) if compiled else (G, D)
-    weights_G = list(G.parameters())
-    pairs = zip(ema.state_dict().values(), G.state_dict().values())
-    pairs = [(e, p) for e, p in pairs if e.is_floating_point()]  # BatchNorm's statistics too
-    one = torch.ones((), device=device)
+    saved_at = time.time()
 
-    while step < total and not stop:
-        epoch, start = divmod(step, steps_per_epoch)
-        saved_at = time.time()
-        for x, y in data.batches(images, labels, BATCH_SIZE, SEED, epoch, device, FLIP, start):
-            torch.manual_seed(SEED * 10**7 + step)  # (seed, step) decides a step: --resume is exact
+    while not done:
+        x, y = get_batch(step)
+        torch.manual_seed(SEED * 10**7 + step)  # so that a step depends on (SEED, step) alone
 
-            # D step: real and generated images of the same labels
-            with autocast:
-                fake = fast_G(torch.randn(len(x), LATENT, device=device), y)
-                real_logit, fake_logit = fast_D(x, y).float(), fast_D(fake.detach(), y).float()
-            d = loss_d(real_logit, fake_logit)
-            opt_D.zero_grad()
-            d.backward()
-            opt_D.step()
+        # D step: real and generated images have the same labels
+        with autocast:
+            fake = G(torch.randn(len(x), LATENT, device=device), y)
+            real_logit, fake_logit = D(x, y).float(), D(fake.detach(), y).float()
+        d = loss_d(real_logit, fake_logit)
+        opt_D.zero_grad()
+        d.backward()
+        opt_D.step()
 
-            # G step: the same images before the new D
-            with autocast:
-                logit = fast_D(fake, y).float()
-            g = loss_g(logit)
-            opt_G.zero_grad()
-            g.backward(inputs=weights_G)  # no gradient for D's weights
-            opt_G.step()
+        # G step, on the same generated images
+        D.requires_grad_(False)
+        with autocast:
+            logit = D(fake, y).float()
+        g = loss_g(logit)
+        opt_G.zero_grad()
+        g.backward()
+        opt_G.step()
+        D.requires_grad_(True)
 
-            with torch.no_grad():
-                decay = min(EMA, (1 + step) / (10 + step))  # warm-up: the initial weights go soon
-                for e, p in pairs:
-                    e.lerp_(p, 1 - decay)
-                p_real, p_fake = real_logit.sigmoid().mean(), fake_logit.sigmoid().mean()
-                sums += torch.stack([one, d, g, p_real, p_fake])
+        with torch.no_grad():
+            decay = min(EMA, (1 + step) / (10 + step))  # low at first: initial weights fade soon
+            for mean, value in zip(ema.state_dict().values(), G.state_dict().values()):
+                if value.is_floating_point():  # weights, and the statistics of BatchNorm
+                    mean.lerp_(value, 1 - decay)
             step += 1
+            p_real, p_fake = real_logit.sigmoid(), fake_logit.sigmoid()
+            values = torch.stack([d, g, p_real.mean(), p_fake.mean()])
+            average.lerp_(values, max(0.05, 1 / step))
 
-            if step == 1 or step % LOG_EVERY == 0:
-                means = (sums[1:] / sums[0]).tolist()  # the one place that waits for the GPU
-                if not all(map(math.isfinite, means)):
-                    checkpoint()  # which says so
-                stuck = means[2] > 0.98 and means[3] < 0.02  # the ends that they should keep off
-                log.write(step, total, epoch + 1, len(x), means, "  D wins: see README" * stuck)
-                sums.zero_()
-            if step >= total or stop:
-                break
-            if time.time() - saved_at > 600:
-                checkpoint()
-                saved_at = time.time()
+        done = step >= total or bool(stop)
+        epoch = math.ceil(step / len(get_batch))
+        epoch_ends = step % len(get_batch) == 0
+        log_now = step == 1 or step % LOG_EVERY == 0
+        save_now = done or epoch_ends or time.time() - saved_at > 600
+        if log_now or save_now:  # only here does the loop wait for the GPU
+            tensors = [average, *G.parameters(), *D.parameters()]
+            if not all(tensor.isfinite().all() for tensor in tensors):
+                sys.exit(f"error: training diverged by step {step}: try a lower --lr "
+                         f"(an earlier checkpoint in {out} is still good)")
+        if log_now:
+            values = average.tolist()
+            note = "  D wins: see README" * (values[2] > 0.98 and values[3] < 0.02)
+            log.write(step, total, epoch, len(x), values, note)
+        if save_now:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state.update(model=Path(__file__).stem, step=step, average=average, log=log.rows,
+                         config=settings, shape=shape, classes=classes)
+            torch.save(state, out / "ckpt.pt.tmp")
+            os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
+            saved_at = time.time()
+        if SAMPLE_EVERY and not stop and (done or epoch_ends and epoch % SAMPLE_EVERY == 0):
+            picture = f"epoch_{epoch:04}.png"
+            data.save_grid(torch.cat(list(generate(10 * columns))), out / "samples" / picture, columns)
+            data.save_gif(out / "samples", out / "samples.gif")
+            data.save_plot(out / "loss.png", loss=log.curves("loss_D", "loss_G"),
+                           D=log.curves("D(x)", "D(G(z))"))
+            data.save_plot(
+                out / "prob" / picture,
+                D=dict(real=data.density(p_real), generated=data.density(p_fake)),
+                pixels=dict(real=data.density(x), generated=data.density(fake)))
 
-        epoch, rest = divmod(step, steps_per_epoch)
-        checkpoint()
-        if SAMPLE_EVERY and (step >= total or not rest and epoch % SAMPLE_EVERY == 0):
-            pictures(f"epoch_{epoch + bool(rest):04}.png")
+    data.set_handlers(signal.SIG_DFL)
+    if stop:
+        print(f"stopped at step {step}, saved in {out / 'ckpt.pt'}: go on with --resume")
+        sys.exit(128 + stop[0])
+    print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
+    if FID:
+        distance = fid.compare(generate(FID), images, FID, SEED, inception)
+        print(f"FID {distance:.4f} of {FID} samples")
 
-    data.release_signals()
-    data.save_gif(out / "samples", out / "samples.gif")
-    print(f"{'stopped' if stop else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
-          + "; go on with --resume" * bool(stop))
-    if FID and not stop:
-        real = fid.cached_statistics(images, inception, DATA_DIR)
-        fake = fid.statistics(generate(FID), inception)
-        distance = fid.frechet_distance(*fake, *real)
-        print(f"FID {distance:.4f} of {FID} samples against {shape[0]} images")
-    return 128 + stop[0] if stop else 0
+
+# ---- flags
+
+
+def parse_flags(argv=None):
+    """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
+
+    A flag wins over the checkpoint, and the checkpoint over the constants at the top of this file.
+    """
+    source = Path(__file__).read_text("utf-8")
+    comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
+    settings = {name: globals()[name] for name in comments}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name, default in settings.items():
+        kind = dict(type=type(default))
+        if isinstance(default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        flag = f"--{name.lower()}"
+        spellings = {flag: None, flag.replace("_", "-"): None}
+        parser.add_argument(*spellings, dest=name, **kind,
+                            help=f"{comments[name]} (default: {default})")
+    flags = vars(parser.parse_args(argv))
+    not_zero = "IMAGE_SIZE EPOCHS BATCH_SIZE LR LATENT WIDTH LOG_EVERY SAMPLE".split()
+    for name, value in flags.items():
+        limit = 1 if name in ("EMA", "BETA1", "BETA2") else 2**32
+        if isinstance(value, str):
+            continue
+        if not 0 <= value < limit or value == 0 and name in not_zero:
+            parser.error(f"--{name.lower()} {value} is out of range: {comments[name]}")
+
+    settings.update(flags)
+    if not settings["RESUME"] and not settings["SAMPLE"]:
+        return settings, None
+    path = Path(settings["OUT_DIR"], "ckpt.pt")
+    if not path.exists():
+        parser.error(f"there is no {path}: train first, or give the --out_dir of a run")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt["model"] != Path(__file__).stem:
+            raise ValueError(f"it belongs to {ckpt['model']}, or to an older version")
+    except Exception as error:  # torch raises nearly anything on a damaged file
+        parser.error(f"{path} is not a checkpoint of this script: {error!r}")
+    local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL".split()
+    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})
+    settings.update(flags)
+    return settings, ckpt
 
 
 if __name__ == "__main__":
-    try:
-        globals().update(parse_flags())
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        print(f"error: {error}: copy data.py and fid.py too, pip install the rest", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    settings, ckpt = parse_flags()
+    globals().update(settings)
+    main(settings, ckpt)

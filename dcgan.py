@@ -1,21 +1,22 @@
 """DCGAN: images from noise (Radford, Metz & Chintala 2015, https://arxiv.org/abs/1511.06434).
 
-Two convolutional networks play a game: the discriminator D learns to tell the images of a data
-set from those that the generator G makes of random numbers, G learns to make D take them for real.
+Two convolutional networks are trained against each other: the discriminator D to tell images of a
+data set from generated ones, the generator G to turn random numbers into images that D takes for
+real.
 
     python dcgan.py                               # CelebA at 64 px, into out/dcgan
     python dcgan.py --data path/to/photos         # your own: a folder, .zip, .npy or .npz
-    python dcgan.py --resume --epochs 50          # go on from out/dcgan/ckpt.pt, exactly
-    python dcgan.py --sample 1000                 # write images from it to out/dcgan/generated
+    python dcgan.py --resume --epochs 50          # go on from out/dcgan/ckpt.pt
+    python dcgan.py --sample 1000                 # write images to out/dcgan/generated
 
-Measured: 8 epochs of 25,000 faces take 51 minutes on 2 CPU cores; README.md shows what they give.
-To train on a tensor of your own, in main() write images = tensor, uint8 (N, C, H, W).
+To train on a tensor of your own, write images = tensor, uint8 (N, C, H, W), in main().
 """
 import argparse
 import copy
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,130 +25,41 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-# ---- config: every UPPER_CASE constant is also a flag, e.g. --batch_size 64 --no-flip
+# ---- config: every constant is also a flag, e.g. --batch_size 64 --no-flip
 
 DATA = "celeba"         # celeba, mnist, toy-faces, toy-digits; or a folder, .zip, .npy or .npz
 DATA_DIR = "data"       # where the named sets are found, downloaded and cached
-OUT_DIR = "out/dcgan"   # everything that a run writes
+OUT_DIR = "out/dcgan"   # where the run writes
 IMAGE_SIZE = 64         # pixels a side: 16, 32, 64, 128 or 256
-LIMIT = 0               # train on the first so many images only; 0 = all
-FLIP = True             # mirror images at random (off for mnist and toy-digits)
-EPOCHS = 25             # passes over the data in all, those before a resume among them
-MAX_STEPS = 0           # steps in all, if that is sooner; 0 = no limit
-BATCH_SIZE = 128        # images a step
-LR = 2e-4               # Adam: learning rate of both networks
-BETA1 = 0.5             # Adam: decay of the gradients' mean; 0 = no memory
-BETA2 = 0.999           # Adam: decay of the mean of their squares
-LATENT = 100            # numbers in z, the noise that an image is made from
-WIDTH = 64              # channels next to the image; each layer doubles them, up to 8 times
+LIMIT = 0               # only the first N images; 0 = all
+FLIP = True             # mirror images at random; for digits, use --no-flip
+EPOCHS = 25             # in total, also after a resume
+MAX_STEPS = 0           # in total, if that is sooner; 0 = no limit
+BATCH_SIZE = 128        # images in a step
+LR = 2e-4               # learning rate of both Adam optimizers
+BETA1 = 0.5             # Adam: decay of the average gradient
+BETA2 = 0.999           # Adam: decay of the average squared gradient
+LATENT = 100            # numbers in z, the noise that becomes an image
+WIDTH = 64              # channels of the layers next to the image; doubled in each layer, up to 8x
 EMA = 0.999             # decay of the averaged G that samples come from; 0 = the latest G
-SEED = 0                # decides initial weights, noise and order of images; 0 is one like any
-DEVICE = "auto"         # cuda, mps or cpu; auto: the first of them that is there
-DTYPE = "auto"          # bfloat16 or float32; auto: bfloat16 on GPUs made for it
-COMPILE = True          # torch.compile both networks (on CUDA only)
-LOG_EVERY = 50          # steps between two lines of the log
+SEED = 0                # of initial weights, noise and the order of images
+DEVICE = "auto"         # cuda, mps or cpu; auto = the first of them that there is
+DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
+COMPILE = True          # use torch.compile (on CUDA only)
+LOG_EVERY = 50          # steps between two rows of the log
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = none
-FID = 0                 # at the end: FID of so many samples against the data; 0 = none
-RESUME = False          # go on from ckpt.pt in out_dir
-SAMPLE = 0              # do not train: write so many images, 1 or more, to out_dir/generated
-CHECKPOINT = ""         # for --sample: the checkpoint, if it is not ckpt.pt in out_dir
+FID = 0                 # after training, FID of N samples against N images; 0 = none
+RESUME = False          # go on from ckpt.pt in OUT_DIR
+SAMPLE = 0              # do not train, but write N images to OUT_DIR/generated
 
-PRESETS = {"mnist": dict(IMAGE_SIZE=32, FLIP=False), "toy-digits": dict(IMAGE_SIZE=32, FLIP=False)}
-FIXED = {"DATA", "IMAGE_SIZE", "LIMIT", "FLIP", "BATCH_SIZE", "LATENT", "WIDTH"}  # in a checkpoint
-LOCAL = {"DATA_DIR", "OUT_DIR", "MAX_STEPS", "DEVICE", "DTYPE", "COMPILE", "LOG_EVERY",
-         "SAMPLE_EVERY", "RESUME", "SAMPLE", "CHECKPOINT"}  # never taken from a checkpoint
+# ---- networks: every layer halves or doubles height and width (section 3 and figure 1)
 
 
-def preset(given):
-    """What takes the place of constants: a data set's settings."""
-    return PRESETS.get(given.get("DATA", DATA), {})
-
-
-# ---- flags and checkpoints: the same in each script
-
-
-def config():
-    """All constants by name; the types leave out what is imported under an upper-case name."""
-    plain = (int, float, str, tuple)
-    return {k: v for k, v in globals().items() if k.isupper() and isinstance(v, plain)}
-
-
-def parse_flags(argv=None):
-    """Each constant: as its flag says, or the checkpoint, or a preset, or this file."""
-    notes = dict(re.findall(r"^(\w+) = .*?  # (.+)$", Path(__file__).read_text("utf-8"), re.M))
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    for name, default in config().items():
-        kind = type(default[0] if isinstance(default, tuple) else default)
-        options = dict(type=kind, metavar=kind.__name__)
-        if isinstance(default, tuple):
-            options["nargs"] = "+"
-        elif kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        flag, note = f"--{name.lower()}", f"{notes[name]} (default: {default})".replace("%", "%%")
-        spellings = dict.fromkeys((flag, flag.replace("_", "-")))
-        parser.add_argument(*spellings, dest=name, help=note, **options)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():  # a number is positive, unless the comment says what 0 means
-        given[name] = tuple(value) if isinstance(value, list) else value
-        for v in value if isinstance(value, list) else [value]:
-            zero = v == 0 and "0" in notes[name].split()
-            if type(v) in (int, float) and not (0 < v < 2**32 or zero):
-                fail(f"--{name.lower()} {v} is out of range: {notes[name]}")
-
-    settings = {**config(), **preset(given), **given}
-    if settings["CHECKPOINT"] and not settings["SAMPLE"]:
-        fail("--checkpoint goes with --sample; --resume goes on from ckpt.pt in --out_dir")
-    if (settings["RESUME"] or settings["SAMPLE"]) and not settings.get("INIT_FROM"):
-        saved = load(settings["CHECKPOINT"] or Path(settings["OUT_DIR"], "ckpt.pt"))["config"]
-        for name in FIXED & given.keys():
-            if given[name] != saved[name]:
-                fail(f"--{name.lower()} {given[name]}: the checkpoint has {saved[name]}; leave "
-                     "the flag out, or train anew with another --out_dir")
-        settings.update({k: v for k, v in saved.items() if k not in LOCAL | given.keys()})
-    return settings
-
-
-def fail(message):
-    """Stop on a user's mistake: the guard below prints it as one line and exits with status 2."""
-    raise ValueError(message)
-
-
-def save(path, **state):
-    """Write a checkpoint beside, then rename it: whatever happens meanwhile, `path` is whole."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        torch.save(dict(state, model=__doc__.split(":")[0]), tmp)
-        os.replace(tmp, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"cannot write {path}: {error}; is the disk full?") from error
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def load(path):
-    """What save() wrote: only tensors and plain values are read, so nothing in it can run."""
-    if not Path(path).is_file():
-        fail(f"no checkpoint {path}: train first, or name the --out_dir of a run")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        model = ckpt["model"]
-    except Exception as error:  # a damaged or foreign file makes torch raise nearly anything
-        raise ValueError(f"{path} is no checkpoint ({type(error).__name__})") from error
-    if model != __doc__.split(":")[0]:
-        fail(f"{path} is a checkpoint of another model: {model}")
-    return ckpt
-
-
-# ---- model: every layer halves or doubles height and width (section 3, figure 1)
-
-
-def channels_at(image_size, width):
-    """Channels of the layers from half the image's size down to 4x4; 64 px: 64, 128, 256, 512."""
+def layer_channels(image_size, width):
+    """Channels at half the image's size, a quarter, ... down to 4x4; for 64 px and width 64,
+    [64, 128, 256, 512] at 32, 16, 8 and 4 px."""
     if image_size not in (16, 32, 64, 128, 256):
-        raise ValueError(f"--image_size {image_size}: DCGAN takes 16, 32, 64, 128 or 256")
+        raise ValueError(f"--image_size {image_size}: give 16, 32, 64, 128 or 256")
     return [width * min(2**i, 8) for i in range(int(math.log2(image_size)) - 2)]
 
 
@@ -156,14 +68,22 @@ class Generator(nn.Module):
 
     def __init__(self, image_size=64, channels=3, latent=100, width=64):
         super().__init__()
-        w = channels_at(image_size, width)[::-1]
-        layers = [nn.ConvTranspose2d(latent, w[0], 4, bias=False),               # 4x4
-                  nn.BatchNorm2d(w[0]), nn.ReLU(True)]
-        for a, b in zip(w, w[1:]):
-            layers += [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False),            # 8x8, 16x16 ...
-                       nn.BatchNorm2d(b), nn.ReLU(True)]
-        layers += [nn.ConvTranspose2d(w[-1], channels, 4, 2, 1, bias=False),     # the image's size
-                   nn.Tanh()]
+        widths = layer_channels(image_size, width)[::-1]
+        layers = [
+            nn.ConvTranspose2d(latent, widths[0], 4, bias=False),               # 4x4
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(True),
+        ]
+        for a, b in zip(widths, widths[1:]):
+            layers += [
+                nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=False),   # 8x8, 16x16, ...
+                nn.BatchNorm2d(b),
+                nn.ReLU(True),
+            ]
+        layers += [
+            nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1, bias=False),
+            nn.Tanh(),
+        ]
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
 
@@ -172,16 +92,22 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, channels, image_size, image_size) -> logits (B,): D(x) = sigmoid(logit)."""
+    """Images (B, channels, image_size, image_size) -> logits (B,), where D(x) = sigmoid(logit)."""
 
     def __init__(self, image_size=64, channels=3, width=64):
         super().__init__()
-        w = channels_at(image_size, width)
-        layers = [nn.Conv2d(channels, w[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]  # half
-        for a, b in zip(w, w[1:]):
-            layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False),                     # ... 8x8, 4x4
-                       nn.BatchNorm2d(b), nn.LeakyReLU(0.2, True)]
-        layers += [nn.Conv2d(w[-1], 1, 4, bias=False)]                           # 1x1
+        widths = layer_channels(image_size, width)
+        layers = [
+            nn.Conv2d(channels, widths[0], 4, stride=2, padding=1, bias=False),  # half the size
+            nn.LeakyReLU(0.2, True),
+        ]
+        for a, b in zip(widths, widths[1:]):
+            layers += [
+                nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False),             # ..., 8x8, 4x4
+                nn.BatchNorm2d(b),
+                nn.LeakyReLU(0.2, True),
+            ]
+        layers += [nn.Conv2d(widths[-1], 1, 4, bias=False)]                      # 1x1
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
 
@@ -190,7 +116,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(layer):
-    """N(0, 0.02) for all weights (section 4), and N(1, 0.02) for BatchNorm's scales."""
+    """N(0, 0.02) for convolutions (section 4), N(1, 0.02) for the scales of BatchNorm."""
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d):
@@ -201,186 +127,211 @@ def init_weights(layer):
 # With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
-def loss_d(real, fake):
-    """D ascends log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
-    return softplus(-real).mean() + softplus(fake).mean()
+def loss_d(real_logit, fake_logit):
+    """D maximizes log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
+    return softplus(-real_logit).mean() + softplus(fake_logit).mean()
 
 
-def loss_g(fake):
-    """G ascends log D(G(z)), whose gradient does not fade where D is sure (section 3)."""
-    return softplus(-fake).mean()
+def loss_g(fake_logit):
+    """G maximizes log D(G(z)), which keeps its gradient where D is sure (section 3)."""
+    return softplus(-fake_logit).mean()
 
 
-# ---- train and sample
+# ---- train or sample
 
 
-def main():
-    import data  # not at the top: the networks above need nothing but torch
+def main(settings, ckpt):
+    """settings: the constants by name; ckpt: what --resume or --sample starts from, or None."""
+    import data  # here, so that the networks above can be imported with torch alone
 
-    device = data.pick_device(DEVICE)
-    autocast = torch.autocast(device.type, torch.bfloat16, data.pick_bfloat16(DTYPE, device))
     out = Path(OUT_DIR)
-    ckpt = load(CHECKPOINT or out / "ckpt.pt") if RESUME or SAMPLE else None
-    if EMA >= 1 or FID == 1:
-        fail("--ema must be less than 1, and --fid 2 or more")
     if not ckpt and (out / "ckpt.pt").exists():
-        fail(f"{out} holds a run: give --resume to go on with it, or another --out_dir")
-    channels_at(IMAGE_SIZE, WIDTH)  # refuses a size before the data is prepared in it
-    if SAMPLE:
-        shape = ckpt["images"]
-    else:
-        images, _ = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT, device)
-        shape = list(images.shape)
-        if ckpt and ckpt["images"] != shape:
-            fail(f"{DATA} is {shape} now; the checkpoint was trained on {ckpt['images']}")
+        sys.exit(f"error: {out} holds a run: give --resume to go on, or another --out_dir")
+    try:  # what can fail because of a flag or a file
+        device, bfloat16, compiled = data.pick_device(DEVICE, DTYPE, COMPILE)
+        # on MPS, the gradient of BatchNorm is wrong with channels last
+        layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        if SAMPLE:
+            shape = ckpt["shape"]
+        else:
+            images, _ = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
+            shape = list(images.shape[1:])
+            get_batch = data.Batches(images, None, BATCH_SIZE, SEED, FLIP, device, layout)
+        if FID and not SAMPLE:
+            import fid
 
-    torch.manual_seed(SEED)
-    layout = dict(device=device, memory_format=data.best_layout(device))
-    G = Generator(IMAGE_SIZE, shape[1], LATENT, WIDTH).to(**layout)
-    D = Discriminator(IMAGE_SIZE, shape[1], WIDTH).to(**layout)
-    ema = copy.deepcopy(G).eval().requires_grad_(False)  # the generator that we sample from
-    adam = dict(lr=LR, betas=(BETA1, BETA2))
-    opt_G = torch.optim.Adam(G.parameters(), **adam, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), **adam, fused=True)
-    parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
-    if ckpt:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(ckpt[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError("the checkpoint does not fit these networks or classes") from error
-        for opt in (opt_G, opt_D):
-            opt.param_groups[0].update(adam)  # a flag given now wins over the checkpoint
-            for w, state in opt.state.items():  # laid out as w is here: fused steps rely on it
-                state.update({k: torch.empty_like(w).copy_(v) for k, v in state.items() if v.ndim})
-
-    def noise(first, count):
-        """z of the samples from number `first` on; (seed, i) alone decides number i."""
-        seeds = [(SEED + 1) * 10**7 - 1 - i for i in range(first, first + count)]  # steps count up
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        return torch.stack([torch.randn(LATENT, generator=g) for g in generators]).to(device)
-
-    def generate(count):
-        """Yield uint8 batches of samples 0, 1, ... `count` - 1."""
-        for first in range(0, count, BATCH_SIZE):  # whole ones: last bits depend on a batch's size
-            yield data.to_uint8(ema(noise(first, BATCH_SIZE)))[:count - first]
-
-    if SAMPLE:
-        data.save_images(generate(SAMPLE), out / "generated")
-        print(f"wrote {SAMPLE} images to {out / 'generated'} and a grid to {out / 'generated.png'}")
-        return 0
-
-    if FID:  # now, for there is no use in training first if its weights are missing
-        import fid
-
-        inception = fid.Inception().to(device)
-
-    steps_per_epoch = max(1, len(images) // BATCH_SIZE)
-    total = min(EPOCHS * steps_per_epoch, MAX_STEPS or math.inf)
-    step, seconds, sums = 0, 0.0, torch.zeros(5, device=device)  # sums: since the log's last row
-    if ckpt:
-        step, seconds, sums = ckpt["step"], ckpt["seconds"], ckpt["sums"].to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    log = data.Log(out / "log.csv", ("loss_D", "loss_G", "D(x)", "D(G(z))"), step, seconds)
-
-    def checkpoint():
-        if not all(t.isfinite().all() for t in [sums, *G.parameters(), *D.parameters()]):
-            fail(f"training diverged by step {step}: a loss is not finite; try a lower --lr "
-                 f"(the last checkpoint in {out} stays as it was)")
-        state = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "ckpt.pt", **state, config=config(), images=shape, step=step,
-             epoch=step // steps_per_epoch, seconds=log.seconds(), sums=sums)
+            inception = fid.Inception().to(device)
+        torch.manual_seed(SEED)
+        G = Generator(IMAGE_SIZE, shape[0], LATENT, WIDTH).to(device, memory_format=layout)
+        D = Discriminator(IMAGE_SIZE, shape[0], WIDTH).to(device, memory_format=layout)
+        ema = copy.deepcopy(G).eval().requires_grad_(False)
+        opt_G = torch.optim.Adam(G.parameters(), LR, (BETA1, BETA2), fused=True)
+        opt_D = torch.optim.Adam(D.parameters(), LR, (BETA1, BETA2), fused=True)
+        parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
+        if ckpt:
+            data.restore(parts, ckpt)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
     @torch.no_grad()
-    def pictures(name):
-        data.save_grid(torch.cat(list(generate(64))), out / "samples" / name)
-        now_G, now_D = copy.deepcopy((G, D))  # copies: BatchNorm's statistics move while training
-        x, _ = next(data.batches(images, None, 512, SEED, 0, device))
-        fake = now_G(noise(0, 512))
-        p_real, p_fake = now_D(x).sigmoid(), now_D(fake).sigmoid()
-        data.save_histograms(p_real, p_fake, x, fake, out / "prob" / name)
-        data.save_curves(out / "log.csv", out / "loss.png")
+    def generate(count):
+        """Yield uint8 batches of samples 0, 1, ... count - 1; (SEED, i) alone decides batch i."""
+        for i in range(math.ceil(count / 64)):
+            generator = torch.Generator().manual_seed((SEED + 1) * 10**7 - 1 - i)
+            z = torch.randn(64, LATENT, generator=generator).to(device)
+            yield data.to_uint8(ema(z))[:count - 64 * i]
 
-    if not ckpt:
-        checkpoint()  # claims the folder, and finds out now if the disk is full
+    if SAMPLE:
+        data.remove_images(out / "generated")
+        for i, batch in enumerate(generate(SAMPLE)):
+            data.save_images(batch, out / "generated", first=64 * i)
+            if i == 0:
+                data.save_grid(batch, out / "generated.png")
+        print(f"wrote {SAMPLE} images to {out / 'generated'}")
+        return
+
+    # running averages of both losses, D(x) and D(G(z)): they stay on the device until a log row
+    average = torch.zeros(4, device=device)
+    step, rows = 0, []
+    if ckpt:
+        average.copy_(ckpt["average"])
+        step, rows = ckpt["step"], ckpt["log"]
+    names = ("loss_D", "loss_G", "D(x)", "D(G(z))")
+    log = data.Log(out / "log.csv", names, step, rows)
+    if compiled:
+        G.compile()
+        D.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    total = min(EPOCHS * len(get_batch), MAX_STEPS or math.inf)
+    done = step >= total
     stop = data.catch_signals()
-    compiled = data.pick_compile(COMPILE, device)
-    fast_G, fast_D = (torch.compile(G), torch.compile(D)) if compiled else (G, D)
-    weights_G = list(G.parameters())
-    pairs = zip(ema.state_dict().values(), G.state_dict().values())
-    pairs = [(e, p) for e, p in pairs if e.is_floating_point()]  # BatchNorm's statistics too
-    one = torch.ones((), device=device)
+    saved_at = time.time()
 
-    while step < total and not stop:
-        epoch, start = divmod(step, steps_per_epoch)
-        saved_at = time.time()
-        for x, _ in data.batches(images, None, BATCH_SIZE, SEED, epoch, device, FLIP, start):
-            torch.manual_seed(SEED * 10**7 + step)  # (seed, step) decides a step: --resume is exact
+    while not done:
+        x, _ = get_batch(step)
+        torch.manual_seed(SEED * 10**7 + step)  # so that a step depends on (SEED, step) alone
 
-            # D step
-            with autocast:
-                fake = fast_G(torch.randn(len(x), LATENT, device=device))
-                real_logit, fake_logit = fast_D(x).float(), fast_D(fake.detach()).float()
-            d = loss_d(real_logit, fake_logit)
-            opt_D.zero_grad()
-            d.backward()
-            opt_D.step()
+        # D step
+        with autocast:
+            fake = G(torch.randn(len(x), LATENT, device=device))
+            real_logit, fake_logit = D(x).float(), D(fake.detach()).float()
+        d = loss_d(real_logit, fake_logit)
+        opt_D.zero_grad()
+        d.backward()
+        opt_D.step()
 
-            # G step: the same images before the new D
-            with autocast:
-                logit = fast_D(fake).float()
-            g = loss_g(logit)
-            opt_G.zero_grad()
-            g.backward(inputs=weights_G)  # no gradient for D's weights
-            opt_G.step()
+        # G step, on the same generated images
+        D.requires_grad_(False)
+        with autocast:
+            logit = D(fake).float()
+        g = loss_g(logit)
+        opt_G.zero_grad()
+        g.backward()
+        opt_G.step()
+        D.requires_grad_(True)
 
-            with torch.no_grad():
-                decay = min(EMA, (1 + step) / (10 + step))  # warm-up: the initial weights go soon
-                for e, p in pairs:
-                    e.lerp_(p, 1 - decay)
-                p_real, p_fake = real_logit.sigmoid().mean(), fake_logit.sigmoid().mean()
-                sums += torch.stack([one, d, g, p_real, p_fake])
+        with torch.no_grad():
+            decay = min(EMA, (1 + step) / (10 + step))  # low at first: initial weights fade soon
+            for mean, value in zip(ema.state_dict().values(), G.state_dict().values()):
+                if value.is_floating_point():  # weights, and the statistics of BatchNorm
+                    mean.lerp_(value, 1 - decay)
             step += 1
+            p_real, p_fake = real_logit.sigmoid(), fake_logit.sigmoid()
+            values = torch.stack([d, g, p_real.mean(), p_fake.mean()])
+            average.lerp_(values, max(0.05, 1 / step))
 
-            if step == 1 or step % LOG_EVERY == 0:
-                means = (sums[1:] / sums[0]).tolist()  # the one place that waits for the GPU
-                if not all(map(math.isfinite, means)):
-                    checkpoint()  # which says so
-                stuck = means[2] > 0.98 and means[3] < 0.02  # the ends that they should keep off
-                log.write(step, total, epoch + 1, len(x), means, "  D wins: see README" * stuck)
-                sums.zero_()
-            if step >= total or stop:
-                break
-            if time.time() - saved_at > 600:
-                checkpoint()
-                saved_at = time.time()
+        done = step >= total or bool(stop)
+        epoch = math.ceil(step / len(get_batch))
+        epoch_ends = step % len(get_batch) == 0
+        log_now = step == 1 or step % LOG_EVERY == 0
+        save_now = done or epoch_ends or time.time() - saved_at > 600
+        if log_now or save_now:  # only here does the loop wait for the GPU
+            tensors = [average, *G.parameters(), *D.parameters()]
+            if not all(tensor.isfinite().all() for tensor in tensors):
+                sys.exit(f"error: training diverged by step {step}: try a lower --lr "
+                         f"(an earlier checkpoint in {out} is still good)")
+        if log_now:
+            values = average.tolist()
+            note = "  D wins: see README" * (values[2] > 0.98 and values[3] < 0.02)
+            log.write(step, total, epoch, len(x), values, note)
+        if save_now:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state.update(model=Path(__file__).stem, step=step, average=average, log=log.rows,
+                         config=settings, shape=shape)
+            torch.save(state, out / "ckpt.pt.tmp")
+            os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
+            saved_at = time.time()
+        if SAMPLE_EVERY and not stop and (done or epoch_ends and epoch % SAMPLE_EVERY == 0):
+            picture = f"epoch_{epoch:04}.png"
+            data.save_grid(torch.cat(list(generate(64))), out / "samples" / picture)
+            data.save_gif(out / "samples", out / "samples.gif")
+            data.save_plot(out / "loss.png", loss=log.curves("loss_D", "loss_G"),
+                           D=log.curves("D(x)", "D(G(z))"))
+            data.save_plot(
+                out / "prob" / picture,
+                D=dict(real=data.density(p_real), generated=data.density(p_fake)),
+                pixels=dict(real=data.density(x), generated=data.density(fake)))
 
-        epoch, rest = divmod(step, steps_per_epoch)
-        checkpoint()
-        if SAMPLE_EVERY and (step >= total or not rest and epoch % SAMPLE_EVERY == 0):
-            pictures(f"epoch_{epoch + bool(rest):04}.png")
+    data.set_handlers(signal.SIG_DFL)
+    if stop:
+        print(f"stopped at step {step}, saved in {out / 'ckpt.pt'}: go on with --resume")
+        sys.exit(128 + stop[0])
+    print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
+    if FID:
+        distance = fid.compare(generate(FID), images, FID, SEED, inception)
+        print(f"FID {distance:.4f} of {FID} samples")
 
-    data.release_signals()
-    data.save_gif(out / "samples", out / "samples.gif")
-    print(f"{'stopped' if stop else 'done'} at step {step}, saved in {out / 'ckpt.pt'}"
-          + "; go on with --resume" * bool(stop))
-    if FID and not stop:
-        real = fid.cached_statistics(images, inception, DATA_DIR)
-        fake = fid.statistics(generate(FID), inception)
-        distance = fid.frechet_distance(*fake, *real)
-        print(f"FID {distance:.4f} of {FID} samples against {shape[0]} images")
-    return 128 + stop[0] if stop else 0
+
+# ---- flags
+
+
+def parse_flags(argv=None):
+    """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
+
+    A flag wins over the checkpoint, and the checkpoint over the constants at the top of this file.
+    """
+    source = Path(__file__).read_text("utf-8")
+    comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
+    settings = {name: globals()[name] for name in comments}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name, default in settings.items():
+        kind = dict(type=type(default))
+        if isinstance(default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        flag = f"--{name.lower()}"
+        spellings = {flag: None, flag.replace("_", "-"): None}
+        parser.add_argument(*spellings, dest=name, **kind,
+                            help=f"{comments[name]} (default: {default})")
+    flags = vars(parser.parse_args(argv))
+    not_zero = "IMAGE_SIZE EPOCHS BATCH_SIZE LR LATENT WIDTH LOG_EVERY SAMPLE".split()
+    for name, value in flags.items():
+        limit = 1 if name in ("EMA", "BETA1", "BETA2") else 2**32
+        if isinstance(value, str):
+            continue
+        if not 0 <= value < limit or value == 0 and name in not_zero:
+            parser.error(f"--{name.lower()} {value} is out of range: {comments[name]}")
+
+    settings.update(flags)
+    if not settings["RESUME"] and not settings["SAMPLE"]:
+        return settings, None
+    path = Path(settings["OUT_DIR"], "ckpt.pt")
+    if not path.exists():
+        parser.error(f"there is no {path}: train first, or give the --out_dir of a run")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt["model"] != Path(__file__).stem:
+            raise ValueError(f"it belongs to {ckpt['model']}, or to an older version")
+    except Exception as error:  # torch raises nearly anything on a damaged file
+        parser.error(f"{path} is not a checkpoint of this script: {error!r}")
+    local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL".split()
+    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})
+    settings.update(flags)
+    return settings, ckpt
 
 
 if __name__ == "__main__":
-    try:
-        globals().update(parse_flags())
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        print(f"error: {error}: copy data.py and fid.py too, pip install the rest", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    settings, ckpt = parse_flags()
+    globals().update(settings)
+    main(settings, ckpt)

@@ -1,18 +1,17 @@
-"""What a user waits for, against what they would run instead, side by side in one run.
+"""The speed of the scripts against what a user would run instead, side by side in one run.
 
     python tests/bench.py                       # all rows, some minutes
     python tests/bench.py --rows dcgan batches
-    python tests/bench.py --smallest            # to see that it works: the figures mean nothing
+    python tests/bench.py --smallest            # to see that it works: its figures mean nothing
 
-Ours and theirs take turns (A B A B ...). A row shows the medians and the ratio of the pairs, with
-its spread: above 1 where ours is better. Theirs is what tutorials do: float32, eager, BCELoss on a
-sigmoid, .item() each step, ImageFolder and DataLoader. Figures are images a second, or seconds
-where a row says so.
+Ours and theirs take turns. A row shows both medians, and the median and the range of their ratio:
+above 1 where ours is better. Theirs is what tutorials do: float32, eager mode, BCELoss on a
+sigmoid, .item() in each step, ImageFolder and DataLoader. Figures are images a second, or seconds
+where a row says so. All images are drawn, so nothing is downloaded.
 """
 import argparse
-import contextlib
-import csv
-import math
+import itertools
+import os
 import statistics
 import struct
 import subprocess
@@ -20,407 +19,372 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
 
 import cgan  # noqa: E402
 import data  # noqa: E402
 import dcgan  # noqa: E402
 import ddpm  # noqa: E402
-import fid  # noqa: E402
 
-DEVICE = data.pick_device()
+DEVICE, BFLOAT16, COMPILED = data.pick_device(compiled=True)
+CUDA = DEVICE.type == "cuda"
+PEERS = ("denoising_diffusion_pytorch", "diffusers", "pytorch_fid")
+
+TURNS = 5
+COUNT = 10_000                  # faces in an array, and digits
+FILES = 2000                    # faces as JPEG files
+FID_FILES = 1000 if CUDA else 100
+SIZE = 64                       # of faces
+BATCH = 128
+STEPS = 50 if CUDA else 5       # that are measured
+WIDTH = 64                      # of DCGAN
+UNET = {}                       # changed settings of ddpm.py
+SMALLEST = dict(TURNS=1, COUNT=50, FILES=50, FID_FILES=4, SIZE=16, BATCH=8, STEPS=1, WIDTH=4,
+                UNET=dict(CHANNELS=8, MULTS=(1, 2), ATTENTION=(8,)))
+
+# ---- data, in the working folder
 
 
-def timed(work):
-    """Seconds that work() takes; on CUDA by its events."""
-    if DEVICE.type != "cuda":
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+def prepare():
+    """Draw the data of all rows: faces as an array and as files, and digits as MNIST's files."""
+    faces, _ = data.load("toy-faces", SIZE, limit=COUNT)
+    np.save("faces.npy", faces.permute(0, 2, 3, 1).numpy())
+    save_files(faces[:FILES], Path("faces/class"))
+    save_files(F.interpolate(faces[:FILES], (218, 178)), Path("photos/class"))
+    digits, labels = data.load("toy-digits", 28, limit=COUNT)
+    raw = Path("data/MNIST/raw")
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        header = struct.pack(">4I", 2051, COUNT, 28, 28)
+        Path(raw, f"{part}-images-idx3-ubyte").write_bytes(header + digits.numpy().tobytes())
+        header = struct.pack(">2I", 2049, COUNT)
+        Path(raw, f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(labels.tolist()))
+
+
+def save_files(images, folder):
+    folder.mkdir(parents=True)
+    for i, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
+
+
+def make_loader(images, first_steps, batch_size, workers):
+    """The data loader of the tutorials."""
+    steps = [*first_steps, transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+    images.transform = transforms.Compose(steps)
+    return DataLoader(images, batch_size, shuffle=True, num_workers=workers, drop_last=True)
+
+
+def face_loader(folder, size, batch_size):
+    resize = [transforms.Resize(size), transforms.CenterCrop(size)]
+    return make_loader(datasets.ImageFolder(folder), resize, batch_size, workers=2)
+
+
+# ---- figures
+
+
+def rate(count, work):
+    """Images a second, if work() makes `count` of them."""
+    began = time.perf_counter()
     work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    if CUDA:
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - began)
 
 
-def main_rate(script, folder, steps, **constants):
-    """Images a second of a script's own main(), from the last row of its log."""
-    before = script.config()
-    vars(script).update(before, OUT_DIR=str(folder), MAX_STEPS=3 * steps, LOG_EVERY=steps,
-                        SAMPLE_EVERY=0, EPOCHS=10**6, **constants)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # its log; stdout is for the table
-            script.main()
-    finally:
-        vars(script).update(before)
-    with open(folder / "log.csv", encoding="utf-8") as file:
-        return float(list(csv.DictReader(file))[-1]["images_per_s"])
+def epoch_rate(batches, steps):
+    some = itertools.islice(batches, steps)
+    return rate(steps * BATCH, lambda: [x.to(DEVICE).shape for x, _ in some])
 
 
-def folder_of(images, path):
-    """Write uint8 images (N, C, H, W) as JPEG files in a class folder, for ImageFolder."""
-    (path / "class").mkdir(parents=True)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        data.picture(image).save(path / "class" / f"{i:06}.jpg", quality=90)
-    return path
+def loop_rate(loop, steps, batch_size):
+    """Images a second of a training loop, which is a generator."""
+    next(loop)
+    return rate(steps * batch_size, lambda: list(itertools.islice(loop, steps)))
 
 
-def image_folder(path, size, batch_size, workers):
-    """The loader of the tutorials."""
-    from torchvision import datasets, transforms
+def main_rate(script, steps, **changes):
+    """Images a second of a script's main(), from the last row of its log."""
+    settings, ckpt = script.parse_flags([])
+    settings.update(changes)
+    settings.update(EPOCHS=10**6, MAX_STEPS=3 * steps, LOG_EVERY=steps, SAMPLE_EVERY=0)
+    if COMPILED:
+        torch.compiler.reset()  # else it gives up after a number of networks
+    with tempfile.TemporaryDirectory() as out:
+        settings.update(OUT_DIR=out)
+        with mock.patch.multiple(script, **settings):
+            script.main(settings, ckpt)
+        log = np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True)
+    return log["images_per_s"][-1]
 
-    steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
-             transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
-    images = datasets.ImageFolder(path, transforms.Compose(steps))
-    return torch.utils.data.DataLoader(images, batch_size, shuffle=True, num_workers=workers,
-                                       drop_last=True)
+
+def start_seconds(*command):
+    """Seconds until a Python program prints its first line."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    passed = time.perf_counter() - began
+    process.communicate()
+    assert process.returncode == 0, command
+    return passed
 
 
-def plain_gan(G, D, loader, steps, labelled):
-    """The training loop of the tutorials: seconds for `steps` steps after a first one."""
-    G, D = G.to(DEVICE), D.to(DEVICE)
+# ---- theirs
+
+
+def plain_gan(G, D, loader, labelled):
+    """The training loop of the tutorials."""
+    G, D, bce = G.to(DEVICE), D.to(DEVICE), torch.nn.BCELoss()
     opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
-    bce = nn.BCELoss()
-
-    def endless():
-        while True:
-            yield from loader
-
-    batches = endless()
-
-    def step():
-        x, y = (part.to(DEVICE) for part in next(batches))
-        y = [y] if labelled else []
-        real, fake = torch.ones(len(x), device=DEVICE), torch.zeros(len(x), device=DEVICE)
+    for x, y in itertools.chain.from_iterable(itertools.repeat(loader)):
+        x, y = x.to(DEVICE), [y.to(DEVICE)] if labelled else []
         D.zero_grad()
         p_real = D(x, *y).sigmoid()
-        loss_real = bce(p_real, real)
+        loss_real = bce(p_real, torch.ones_like(p_real))
         loss_real.backward()
         images = G(torch.randn(len(x), 100, device=DEVICE), *y)
         p_fake = D(images.detach(), *y).sigmoid()
-        loss_fake = bce(p_fake, fake)
+        loss_fake = bce(p_fake, torch.zeros_like(p_fake))
         loss_fake.backward()
         opt_D.step()
         G.zero_grad()
         p = D(images, *y).sigmoid()
-        loss_G = bce(p, real)
-        loss_G.backward()
+        loss_g = bce(p, torch.ones_like(p))
+        loss_g.backward()
         opt_G.step()
-        return [v.item() for v in (loss_real + loss_fake, loss_G, p_real.mean(), p_fake.mean())]
+        for value in (loss_real + loss_fake, loss_g, p_real.mean(), p_fake.mean()):
+            value.item()
+        yield
 
-    step()
-    return timed(lambda: [step() for _ in range(steps)])
 
-
-def plain_dcgan(loader, steps, size=64, width=64):
+def plain_dcgan(size, width, batch_size):
     G, D = dcgan.Generator(size, width=width), dcgan.Discriminator(size, width=width)
-    return plain_gan(G, D, loader, steps, labelled=False)
+    return plain_gan(G, D, face_loader("faces", size, batch_size), labelled=False)
 
 
-def mnist_loader(tmp, batch_size, workers):
-    """The drawn digits in MNIST's files, so that there is nothing to download, and their loader."""
-    from torchvision import datasets, transforms
-
-    images, labels = data.load("toy-digits", 28, tmp.parent)
-    raw = tmp / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    pixels = struct.pack(">4I", 2051, len(images), 28, 28) + images.numpy().tobytes()
-    classes = struct.pack(">2I", 2049, len(images)) + bytes(labels.tolist())
-    for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(pixels)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(classes)
-    steps = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
-    digits = datasets.MNIST(tmp, transform=transforms.Compose(steps))
-    return torch.utils.data.DataLoader(digits, batch_size, shuffle=True, num_workers=workers,
-                                       drop_last=True)
+def plain_ddpm(net, compute_loss, name, size, batch_size):
+    """The same for a diffusion model. Its batches are ours: only the training differs."""
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    images, _ = data.load(name, size)
+    get_batch = data.Batches(images, None, batch_size, device=DEVICE)
+    for x, _ in map(get_batch, itertools.count()):
+        loss = compute_loss(x)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        loss.item()
+        yield
 
 
-def rounds(count, ours, theirs):
-    """`count` pairs of figures, A B A B."""
-    return [(ours(i), theirs(i)) for i in range(count)]
+def diffusers_unet(image_channels, size, **changes):
+    """The U-Net of ddpm.py, by diffusers."""
+    from diffusers import UNet2DModel
+
+    settings = {**vars(ddpm), **changes}
+    widths = [settings["CHANNELS"] * mult for mult in settings["MULTS"]]
+    sizes = [size // 2**level for level in range(len(widths))]
+    kinds = ["Attn" if size in settings["ATTENTION"] else "" for size in sizes]
+    net = UNet2DModel(
+        size, image_channels, image_channels,
+        block_out_channels=widths,
+        layers_per_block=settings["BLOCKS"],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        attention_head_dim=None,  # one head
+        norm_num_groups=min(8, settings["CHANNELS"] // 4),
+        norm_eps=1e-6,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0)
+    return net.to(DEVICE)
 
 
-# ---- the rows: each returns pairs of figures, ours and theirs
+# ---- rows: each yields pairs of figures, ours and theirs
 
 
-def row_dcgan(tmp, small):
+def row_dcgan():
     """dcgan.py: training, faces/s"""
-    size, width, batch, steps = (16, 4, 8, 1) if small else (64, 64, 128, 4)
-    steps = 50 if DEVICE.type == "cuda" and not small else steps
-    images, _ = data.load("toy-faces", size, tmp.parent)
-    loader = image_folder(folder_of(images[:2000], tmp / "faces"), size, batch, 2)
-    return rounds(
-        1 if small else 4,
-        lambda i: main_rate(dcgan, tmp / f"run{i}", steps, DATA="toy-faces", IMAGE_SIZE=size,
-                            DATA_DIR=str(tmp.parent), WIDTH=width, BATCH_SIZE=batch),
-        lambda i: steps * batch / plain_dcgan(loader, steps, size, width))
+    changes = dict(DATA="faces.npy", IMAGE_SIZE=SIZE, WIDTH=WIDTH, BATCH_SIZE=BATCH)
+    for _ in range(TURNS):
+        loop = plain_dcgan(SIZE, WIDTH, BATCH)
+        yield main_rate(dcgan, STEPS, **changes), loop_rate(loop, STEPS, BATCH)
 
 
-def row_batches(tmp, small):
+def row_batches():
     """batches of 64 px faces, from the cache"""
-    images, _ = data.load("toy-faces", 16 if small else 64, tmp.parent)
-    files = folder_of(images[:200 if small else 4000], tmp / "faces")
-    loader = image_folder(files, 16 if small else 64, 128, 2)
-
-    def ours(i):
-        seconds = timed(lambda: [x for x, _ in data.batches(images, None, 128, 0, i, DEVICE, True)])
-        return len(images) // 128 * 128 / seconds
-
-    return rounds(1 if small else 5, ours,
-                  lambda i: len(loader) * 128 / timed(lambda: [x.to(DEVICE) for x, _ in loader]))
+    images, _ = data.load("faces.npy", SIZE)
+    return compare_batches(images, None, face_loader("faces", SIZE, BATCH))
 
 
-def row_cache(tmp, small):
+def compare_batches(images, labels, loader):
+    get_batch = data.Batches(images, labels, BATCH, flip=labels is None, device=DEVICE)
+    batches = map(get_batch, itertools.count())
+    for _ in range(TURNS):
+        yield epoch_rate(batches, len(get_batch)), epoch_rate(loader, len(loader))
+
+
+def row_cache():
     """decoding 178x218 photos to 64 px, once"""
-    images, _ = data.load("toy-faces", 16 if small else 64, tmp.parent)
-    large = nn.functional.interpolate(images[:100 if small else 2000].float(), (218, 178))
-    files = folder_of(large.byte(), tmp / "photos")
-    loader = image_folder(files, 64, 10, 2)
-    return rounds(
-        1 if small else 3,
-        lambda i: len(large) / timed(lambda: data.load(str(files), 64, tmp / f"cache{i}")),
-        lambda i: len(large) / timed(lambda: [x for x, _ in loader]))
+    loader = face_loader("photos", SIZE, BATCH)
+    for _ in range(TURNS):
+        cache = tempfile.mkdtemp(dir=".")
+        ours = rate(FILES, lambda: data.load("photos", SIZE, cache))
+        yield ours, epoch_rate(loader, len(loader))
 
 
-def row_digits(tmp, small):
+def row_digits():
     """batches of MNIST"""
-    loader = mnist_loader(tmp, 128, workers=2)
-    images, labels = data.load("mnist", 28, tmp)
-    count = len(loader) * 128
-    return rounds(
-        1 if small else 5,
-        lambda i: count / timed(lambda: list(data.batches(images, labels, 128, 0, i, DEVICE))),
-        lambda i: count / timed(lambda: [x.to(DEVICE) for x, _ in loader]))
+    loader = make_loader(datasets.MNIST("data"), [], BATCH, workers=2)
+    return compare_batches(*data.load("mnist", 28), loader)
 
 
-def row_start(tmp, small):
+def row_start():
     """dcgan.py: seconds from start to the end of step 1, cached"""
-    size, width, batch = (16, 4, 8) if small else (64, 64, 128)
-    images, _ = data.load("toy-faces", size, tmp.parent)
-    files = folder_of(images[:200 if small else 4000], tmp / "faces")
-    flags = ["--data", str(files), "--data_dir", str(tmp), "--image_size", str(size), "--width",
-             str(width), "--batch_size", str(batch), "--max_steps", "1", "--sample_every", "0"]
-
-    def seconds(command):
-        began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE)
-        process.stdout.readline()  # both print a line after their first step
-        taken = time.perf_counter() - began
-        process.communicate()
-        return taken
-
-    plain = [ROOT / "tests" / "bench.py", "--first_step", files, size, width, batch]
-    ours = [[ROOT / "dcgan.py", *flags, "--out_dir", tmp / f"out{i}"] for i in range(4)]
-    seconds(ours[3])  # makes the cache
-    return rounds(1 if small else 3, lambda i: seconds(ours[i]), lambda i: seconds(plain))
+    data.load("faces", SIZE)  # makes the cache
+    flags = f"--data faces --image_size {SIZE} --width {WIDTH} --batch_size {BATCH} --max_steps 1"
+    ours = [TESTS.parent / "dcgan.py", *flags.split(), "--out_dir"]
+    theirs = (f"import sys; sys.path.append({str(TESTS)!r}); import bench; "
+              f"next(bench.plain_dcgan({SIZE}, {WIDTH}, {BATCH})); print(flush=True)")
+    for turn in range(TURNS):
+        yield start_seconds(*ours, f"out{turn}"), start_seconds("-c", theirs)
 
 
-def row_cgan(tmp, small):
+def row_cgan():
     """cgan.py: training, digits/s"""
-    steps = 2 if small else 100
-    loader = mnist_loader(tmp, 128, workers=0)
-    return rounds(
-        1 if small else 5,
-        lambda i: main_rate(cgan, tmp / f"run{i}", steps, DATA="mnist", DATA_DIR=str(tmp)),
-        lambda i: steps * 128 / plain_gan(cgan.Generator(), cgan.Discriminator(), loader, steps,
-                                          labelled=True))
+    steps = 20 * STEPS
+    loader = make_loader(datasets.MNIST("data"), [], BATCH, workers=0)
+    for _ in range(TURNS):
+        loop = plain_gan(cgan.Generator(), cgan.Discriminator(), loader, labelled=True)
+        yield main_rate(cgan, steps, BATCH_SIZE=BATCH), loop_rate(loop, steps, BATCH)
 
 
-def diffusers_unet(size, channels, settings):
-    """The U-Net that ddpm.py makes of the settings, as diffusers builds it; None without it."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        return None
-    widths = [settings["CHANNELS"] * m for m in settings["MULTS"]]
-    attention = ["Attn" * (size // 2**i in settings["ATTENTION"]) for i in range(len(widths))]
-    return UNet2DModel(
-        in_channels=channels, out_channels=channels, layers_per_block=settings["BLOCKS"],
-        block_out_channels=widths, down_block_types=[f"{a}DownBlock2D" for a in attention],
-        up_block_types=[f"{a}UpBlock2D" for a in attention[::-1]], attention_head_dim=None,
-        norm_num_groups=math.gcd(128, settings["CHANNELS"]) // 4 or 1, norm_eps=1e-6,
-        flip_sin_to_cos=False, freq_shift=1, downsample_padding=0).to(DEVICE)
+def row_ddpm():
+    """ddpm.py: training, digits/s, against diffusers' U-Net"""
+    return compare_diffusers(1, "mnist", 28, BATCH, UNET)
 
 
-def plain_ddpm(net, images, batch, steps):
-    """The training loop of the tutorials: seconds for `steps` steps after a first one.
+def row_ddpm_faces():
+    """ddpm.py: training, 64 px faces/s, against diffusers' U-Net"""
+    changes = {**ddpm.PRESETS["celeba"], **UNET}
+    return compare_diffusers(3, "faces.npy", SIZE, BATCH if CUDA else 8, changes)
 
-    It gets its batches from data.py: the rows on training compare networks and steps alone.
-    """
+
+def compare_diffusers(image_channels, name, size, batch_size, changes):
     from diffusers import DDPMScheduler
 
-    noisy, opt = DDPMScheduler(1000), torch.optim.Adam(net.parameters(), 1e-3)
-    batches = data.batches(images, None, batch, 0, 0, DEVICE)
+    net = diffusers_unet(image_channels, size, **changes)
+    scheduler = DDPMScheduler(1000)
 
-    def step():
-        x, _ = next(batches)
+    def compute_loss(x):
         eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=DEVICE)
-        loss = nn.functional.mse_loss(net(noisy.add_noise(x, eps, t), t).sample, eps)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss.item()
+        return F.mse_loss(net(scheduler.add_noise(x, eps, t), t).sample, eps)
 
-    step()
-    return timed(lambda: [step() for _ in range(steps)])
+    return compare_ddpm(net, compute_loss, name, size, batch_size, changes)
 
 
-def train_ddpm(tmp, small, name, size, batch, steps):
-    """Pairs of images/s: ddpm.py with its settings for the data set, and diffusers' U-Net."""
-    settings = {**ddpm.config(), **ddpm.PRESETS.get(name, {})}
-    toys = "toy-digits" if name == "mnist" else "toy-faces"
-    if small:
-        size, batch, steps = 16, 8, 1
-        settings.update(CHANNELS=8, MULTS=(1, 2), ATTENTION=(8,))
-    images, _ = data.load(toys, size, tmp.parent)
-    peer = diffusers_unet(size, images.shape[1], settings)
-    settings.update(DATA=toys, DATA_DIR=str(tmp.parent), IMAGE_SIZE=size, BATCH_SIZE=batch)
-    constants = {k: settings[k] for k in ddpm.FIXED}
-    return peer and rounds(
-        1 if small else 3,
-        lambda i: main_rate(ddpm, tmp / f"run{i}", steps, **constants),
-        lambda i: steps * batch / plain_ddpm(peer, images, batch, steps))
+def compare_ddpm(net, compute_loss, name, size, batch_size, changes):
+    changes = dict(changes, DATA=name, IMAGE_SIZE=size, BATCH_SIZE=batch_size)
+    for _ in range(TURNS):
+        loop = plain_ddpm(net, compute_loss, name, size, batch_size)
+        yield main_rate(ddpm, STEPS, **changes), loop_rate(loop, STEPS, batch_size)
 
 
-def row_ddpm(tmp, small):
-    """ddpm.py: training, digits/s, against diffusers' U-Net"""
-    return train_ddpm(tmp, small, "mnist", 28, 128, 50 if DEVICE.type == "cuda" else 5)
-
-
-def row_ddpm_faces(tmp, small):
-    """ddpm.py: training, 64 px faces/s, against diffusers' U-Net"""
-    cuda = DEVICE.type == "cuda"
-    return train_ddpm(tmp, small, "celeba", 64, 128 if cuda else 8, 30 if cuda else 3)
-
-
-def row_ddpm_lucidrains(tmp, small):
+def row_ddpm_lucidrains():
     """ddpm.py: training, 32 px faces/s, against lucidrains' denoising-diffusion-pytorch"""
-    try:
-        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    except ImportError:
-        return None
-    size, batch, steps, width = (16, 8, 1, 8) if small else (32, 64, 5, 32)
-    steps = 50 if DEVICE.type == "cuda" and not small else steps
-    images, _ = data.load("toy-faces", size, tmp.parent)
-    net = GaussianDiffusion(Unet(dim=width, dim_mults=(1, 2, 4)), image_size=size).to(DEVICE)
-    opt = torch.optim.Adam(net.parameters(), 1e-3)
-    batches = data.batches(images, None, batch, 0, 0, DEVICE)
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-    def step():
-        loss = net(next(batches)[0] / 2 + 0.5)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss.item()
-
-    step()
-    constants = dict(DATA="toy-faces", DATA_DIR=str(tmp.parent), IMAGE_SIZE=size, BATCH_SIZE=batch,
-                     CHANNELS=width, ATTENTION=(8,), FLIP=False)
-    return rounds(
-        1 if small else 3,
-        lambda i: main_rate(ddpm, tmp / f"run{i}", steps, **constants),
-        lambda i: steps * batch / timed(lambda: [step() for _ in range(steps)]))
+    size, net = SIZE // 2, Unet(dim=32, dim_mults=(1, 2, 4))
+    net = GaussianDiffusion(net, image_size=size, auto_normalize=False).to(DEVICE)
+    return compare_ddpm(net, net, "faces.npy", size, BATCH // 2, dict(ATTENTION=(8,)))
 
 
-def row_ddpm_sample(tmp, small):
+def row_ddpm_sample():
     """ddpm.py: digits sampled in 10 DDIM steps, images/s, against diffusers"""
-    settings = dict(ddpm.config(), **(dict(CHANNELS=8) if small else {}))
-    peer = diffusers_unet(28, 1, settings)
-    if not peer:
-        return None
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMPipeline, DDIMScheduler
 
-    batch, steps = (2, 2) if small else (128 if DEVICE.type == "cuda" else 16, 10)
-    attention = [28 // 2**i in settings["ATTENTION"] for i in range(3)]
-    groups = math.gcd(128, settings["CHANNELS"]) // 4
-    net = ddpm.UNet(1, settings["CHANNELS"], (1, 2, 4), 1, attention, groups).eval()
-    net = net.to(DEVICE, memory_format=data.best_layout(DEVICE))
-    fast = torch.compile(net) if data.pick_compile(True, DEVICE) else net
-    alpha_bar, scheduler = ddpm.make_alpha_bar("linear", 1000), DDIMScheduler(1000)
-    autocast = torch.autocast(DEVICE.type, torch.bfloat16, data.pick_bfloat16("auto", DEVICE))
-    scheduler.set_timesteps(steps)
+    net = ddpm.UNet().eval().to(DEVICE, memory_format=torch.channels_last)
+    if COMPILED:
+        net.compile()
+    alpha_bar = ddpm.make_alpha_bar("linear", 1000)
+    pipeline = DDIMPipeline(diffusers_unet(1, 28), DDIMScheduler(1000))
+    count = BATCH if CUDA else BATCH // 8
 
     def ours():
-        with autocast:
-            return ddpm.sample(fast, torch.randn(batch, 1, 28, 28, device=DEVICE), alpha_bar,
-                               steps, "ddim")
+        x = torch.randn(count, 1, 28, 28, device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=BFLOAT16):
+            ddpm.sample(net, x, alpha_bar, 10, "ddim")
 
-    @torch.no_grad()
     def theirs():
-        x = torch.randn(batch, 1, 28, 28, device=DEVICE)
-        for t in scheduler.timesteps:
-            x = scheduler.step(peer(x, t).sample, t, x).prev_sample
-        return x
+        pipeline(count, num_inference_steps=10, output_type="np")
 
-    ours(), theirs()
-    return rounds(1 if small else 7, lambda i: batch / timed(ours), lambda i: batch / timed(theirs))
+    ours(), theirs()  # the first time takes longer
+    for _ in range(TURNS):
+        yield rate(count, ours), rate(count, theirs)
 
 
-def row_fid(tmp, small):
+def row_fid():
     """fid.py: files to statistics, images/s, against pytorch-fid"""
-    try:
-        from pytorch_fid import fid_score
-        from pytorch_fid import inception as theirs
-    except ImportError:
-        return None
-    from torchvision.models.inception import Inception3
+    from pytorch_fid import fid_score, inception
+    from torchvision.models import Inception3
 
-    torch.save(Inception3(1008, aux_logits=False, init_weights=False).state_dict(), tmp / "w.pth")
-    theirs.load_state_dict_from_url = lambda *_, **__: torch.load(tmp / "w.pth", weights_only=True)
-    count = 4 if small else 1000 if DEVICE.type == "cuda" else 100
-    images, _ = data.load("toy-faces", 16 if small else 64, tmp.parent)
-    files = sorted((folder_of(images[:count], tmp / "faces") / "class").iterdir())
-    network, peer = fid.Inception(tmp / "w.pth").to(DEVICE), theirs.InceptionV3([3]).to(DEVICE)
-    names, read = data.listing(tmp / "faces")
-    return rounds(
-        1 if small else 3,
-        lambda i: count / timed(lambda: fid.statistics(
-            fid.read_files(names, read, 50, tmp / "faces"), network)),
-        lambda i: count / timed(lambda: fid_score.calculate_activation_statistics(
-            files, peer, 50, 2048, DEVICE, 2)))
+    import fid
+
+    weights = Inception3(1008, aux_logits=False, init_weights=False).state_dict()
+    torch.save(weights, "weights.pth")
+    network = fid.Inception("weights.pth").to(DEVICE)
+    with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
+        peer = inception.InceptionV3().to(DEVICE)
+    files = sorted(Path("faces/class").iterdir())[:FID_FILES]
+    theirs = fid_score.calculate_activation_statistics
+    for _ in range(TURNS):
+        yield (
+            rate(FID_FILES, lambda: fid.statistics(fid.read_files(files, Path, 50), network)),
+            rate(FID_FILES, lambda: theirs(files, peer, 50, 2048, DEVICE, num_workers=2)))
 
 
 ROWS = {name[4:]: row for name, row in list(globals().items()) if name.startswith("row_")}
 
 
+def measure(row):
+    """The row's line of the table."""
+    title = row.__doc__
+    try:
+        pairs = list(row())
+    except ModuleNotFoundError as error:
+        if error.name not in PEERS:
+            raise
+        return f"| {title} | | | {error.name} is not installed |"
+    ratios = [b / a if "seconds" in title else a / b for a, b in pairs]
+    a, b = (statistics.median(column) for column in zip(*pairs))
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"| {title} | {a:,.4g} | {b:,.4g} | {ratio} |"
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--smallest", action="store_true", help="see that every row runs")
-    parser.add_argument("--first_step", nargs=4, help=argparse.SUPPRESS)  # row_start's other side
     args = parser.parse_args()
-    if args.first_step:
-        files, (size, width, batch) = args.first_step[0], map(int, args.first_step[1:])
-        plain_dcgan(image_folder(files, size, batch, 2), 0, size, width)
-        print("done", flush=True)
-        return
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
-    lines = [f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
-             "| | ours | theirs | ratio (spread) |", "|---|--:|--:|--:|"]
-    data.TOYS = 500 if args.smallest else data.TOYS
-    with tempfile.TemporaryDirectory() as shared:
-        for row in args.rows:
-            title = ROWS[row].__doc__
-            folder = Path(shared, row)
-            folder.mkdir()
-            pairs = ROWS[row](folder, args.smallest)
-            if not pairs:
-                lines.append(f"| {title} | | | not installed |")
-                continue
-            ours, theirs = (statistics.median(column) for column in zip(*pairs))
-            ratios = sorted(b / a if "seconds" in title else a / b for a, b in pairs)
-            lines.append(f"| {title} | {ours:,.4g} | {theirs:,.4g} | "
-                         f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
-    print(*lines, sep="\n")
+    if args.smallest:
+        globals().update(SMALLEST)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        prepare()
+        lines = [measure(ROWS[name]) for name in args.rows]
+        os.chdir(TESTS)
+    print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| | ours | theirs | ratio (range) |", "|---|--:|--:|--:|", *lines, sep="\n")
 
 
 if __name__ == "__main__":

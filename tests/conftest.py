@@ -1,7 +1,6 @@
 """What the tests share: a tiny data set, and two ways to run a script."""
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,20 +10,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the nets here are too small for more, and CI machines are shared
+torch.set_num_threads(1)  # the networks here are too small for more
 
-TINY = {  # flags that make a script take milliseconds a step
-    "dcgan": ["--image_size", "16", "--width", "4", "--latent", "8", "--batch_size", "8"],
-    "cgan": ["--image_size", "16", "--width", "4", "--latent", "8", "--batch_size", "8",
-             "--no-conditional"],
-    "ddpm": ["--image_size", "16", "--channels", "8", "--mults", "1", "2", "--attention", "8",
-             "--batch_size", "8", "--timesteps", "30"],
+TINY = {  # flags that make a step take milliseconds
+    "dcgan": "--image_size 16 --width 4 --latent 8 --batch_size 8".split(),
+    "cgan": "--image_size 16 --width 4 --latent 8 --batch_size 8 --no-conditional".split(),
+    "ddpm": ("--image_size 16 --channels 16 --mults 1 2 --attention 8 --batch_size 8 "
+             "--timesteps 30").split(),
 }
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """48 smooth random colour images of 16 px as an .npy file: six batches of eight."""
+    """48 smooth random colour images of 16 px as a .npy file: six batches of eight."""
     path = tmp_path_factory.mktemp("data") / "images.npy"
     small = torch.rand(48, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     large = torch.nn.functional.interpolate(small, size=16, mode="bilinear")
@@ -34,31 +32,34 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def run(images):
-    """run(module, out_dir, *flags): a script's main() in this process; returns its exit status.
+    """run(script, out_dir, *flags): the script's main() in this process.
 
     A new run takes the tiny flags above and draws no pictures, unless its flags say otherwise.
     """
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(module, out, *flags, data=images):
-        flags = ["--out_dir", str(out), "--log_every", "2", "--sample_every", "0", *map(str, flags)]
-        if not {"--resume", "--sample"} & set(flags):
-            flags = ["--data", str(data), *TINY[module.__name__], *flags]
+    def run(script, out, *flags, data=images):
+        flags = ["--out_dir", out, "--log_every", 2, "--sample_every", 0, *flags]
+        if "--resume" not in flags and "--sample" not in flags:
+            flags = ["--data", data, *TINY[script.__name__], *flags]
+        settings, ckpt = script.parse_flags([str(flag) for flag in flags])
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in module.parse_flags(flags).items():
-                patch.setattr(module, name, value)
-            return module.main()
+            for name, value in settings.items():
+                patch.setattr(script, name, value)
+            script.main(settings, ckpt)
 
     yield run
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def command(script, *flags, **options):
-    """The arguments of subprocess.run and Popen for `python script flags`."""
+def command(script, *flags):
+    """The arguments of subprocess.run and Popen for `python script.py flags`."""
+    import subprocess
+
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return dict(args=[sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)], env=env,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    args = [sys.executable, str(ROOT / f"{script}.py"), *[str(flag) for flag in flags]]
+    return dict(args=args, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def checkpoint(out):
@@ -66,21 +67,31 @@ def checkpoint(out):
 
 
 def tensors(state, prefix=""):
-    """All tensors of a nested state, by path."""
+    """All tensors of nested dicts and lists, by path."""
     if isinstance(state, torch.Tensor):
         return {prefix: state}
-    items = dict(enumerate(state)) if isinstance(state, (list, tuple)) else state
-    items = items.items() if isinstance(items, dict) else ()
-    return {k: v for name, part in items for k, v in tensors(part, f"{prefix}/{name}").items()}
+    if isinstance(state, (list, tuple)):
+        state = dict(enumerate(state))
+    if not isinstance(state, dict):
+        return {}
+    found = {}
+    for name, part in state.items():
+        found.update(tensors(part, f"{prefix}/{name}"))
+    return found
 
 
 def same(a, b):
     """Whether two checkpoints hold the same tensors, bit for bit."""
     a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def log_rows(out):
-    """log.csv without the columns of time."""
+    """The rows of log.csv as text, without seconds and images_per_s."""
     lines = (out / "log.csv").read_text("utf-8").splitlines()
     return [line.split(",")[:2] + line.split(",")[4:] for line in lines]
+
+
+def pictures(folder):
+    """The bytes of all pictures in a folder, by file name."""
+    return {file.name: file.read_bytes() for file in folder.glob("*.png")}

@@ -1,10 +1,13 @@
-"""Against the packages whose place this project takes; skipped where a peer is missing."""
+"""Against the packages whose place this project takes; skipped where one is missing."""
 import importlib.util
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoint, pictures
 from PIL import Image
 from test_ddpm import randomised
 from test_fid import inception, weights  # noqa: F401 (fixtures)
@@ -12,6 +15,15 @@ from test_fid import inception, weights  # noqa: F401 (fixtures)
 import data
 import ddpm
 import fid
+
+
+def test_peers_that_ci_installs_are_there():
+    """In CI no test below may be skipped because a peer is missing."""
+    for name in os.environ.get("PEERS", "").split():
+        assert importlib.util.find_spec(name), name
+
+
+# ---- pytorch-fid
 
 
 @pytest.fixture(scope="session")
@@ -25,66 +37,42 @@ def pytorch_fid(weights):  # noqa: F811
     return theirs.InceptionV3([3]).eval(), fid_score
 
 
-def folder_of(images, path):
-    """Write a list of uint8 arrays as PNG files."""
-    path.mkdir()
+def make_folders(kind, tmp_path):
+    """Two folders of 20 drawn faces or digits as PNG files."""
+    images, _ = data.load("toy-digits" if kind == "grey" else "toy-faces", 32, limit=40)
+    images = images.permute(0, 2, 3, 1).squeeze(3).numpy()
     for i, image in enumerate(images):
-        Image.fromarray(image).save(path / f"{i:03}.png")
-    return path
-
-
-def make_sets(kind, tmp_path):
-    """Two folders of 20 drawn faces or digits."""
-    images, _ = data.load("toy-digits" if kind == "grey" else "toy-faces", 32, tmp_path)
-    images = list(images[:40].permute(0, 2, 3, 1).numpy())
-    if kind == "grey":
-        images = [image[..., 0] for image in images]
-    if kind == "mixed sizes":
-        sizes = [(20 + i % 7, 50 - i % 5) for i in range(40)]
-        images = [np.asarray(Image.fromarray(i).resize(s)) for i, s in zip(images, sizes)]
-    return folder_of(images[:20], tmp_path / "a"), folder_of(images[20:], tmp_path / "b")
+        image = Image.fromarray(image)
+        if kind == "mixed sizes":
+            image = image.resize((20 + i % 7, 50 - i % 5))
+        path = tmp_path / "ab"[i // 20] / f"{i:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return tmp_path / "a", tmp_path / "b"
 
 
 @pytest.mark.parametrize("kind", ["faces", "grey", "mixed sizes"])
 def test_features_statistics_and_fid_are_pytorch_fids(kind, inception, pytorch_fid,  # noqa: F811
-                                                      tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TOYS", 40)
+                                                      tmp_path):
     network, fid_score = pytorch_fid
     ours, theirs = [], []
-    for folder in make_sets(kind, tmp_path):
-        files = sorted(folder.iterdir())
+    for folder in make_folders(kind, tmp_path):
         batch = 1 if kind == "mixed sizes" else 20  # theirs takes batches of one size only
-        expected = fid_score.get_activations(files, network, batch, device="cpu", num_workers=0)
-        names, read = data.listing(folder)
-        (images,) = fid.read_files(names, read, 20, folder)
+        expected = fid_score.get_activations(sorted(folder.iterdir()), network, batch,
+                                             device="cpu", num_workers=0)
+        (images,) = fid.read_files(*data.list_files(folder), 20)
         features = inception(images).numpy()
         assert np.linalg.norm(features - expected) < 1e-5 * np.linalg.norm(expected)
         ours.append(fid.statistics([images], inception))
         expected = expected.astype(np.float64)
         theirs.append((expected.mean(0), np.cov(expected, rowvar=False)))
-        # The covariance's bound is of the second moment: where images hardly differ, as random
-        # weights see drawn digits, float32 takes their network 2e-6 from itself in float64.
+        # relative to the second moment: where images hardly differ, float32 takes their network
+        # itself 2e-6 from float64
         moment = np.linalg.norm(expected.T @ expected) / len(expected)
         for a, b, scale in zip(ours[-1], theirs[-1], (np.linalg.norm(theirs[-1][0]), moment)):
             assert np.linalg.norm(a - b) < 1e-6 * scale
     expected = fid.frechet_distance(*theirs[0], *theirs[1])
     assert fid.frechet_distance(*ours[0], *ours[1]) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["faces", "grey"])
-def test_covariances_are_pytorch_fids_where_rounding_plays_no_part(kind, weights,  # noqa: F811
-                                                                   pytorch_fid, tmp_path):
-    """In float64 both networks' means and covariances are the same to 1e-6, and far below."""
-    import copy
-
-    images, _ = data.load("toy-faces", 32, tmp_path)
-    images = images[:12] if kind == "faces" else images[:12, :1]
-    theirs = copy.deepcopy(pytorch_fid[0]).double()
-    with torch.no_grad():
-        expected = theirs(images.expand(-1, 3, -1, -1).double() / 255)[0][:, :, 0, 0].numpy()
-    mu, sigma = fid.statistics(images, fid.Inception(weights).double())
-    for a, b in ((mu, expected.mean(0)), (sigma, np.cov(expected, rowvar=False))):
-        assert np.linalg.norm(a - b) < 1e-6 * np.linalg.norm(b)
 
 
 def test_distance_is_pytorch_fids_at_full_rank(pytorch_fid):
@@ -98,17 +86,13 @@ def test_distance_is_pytorch_fids_at_full_rank(pytorch_fid):
     assert fid.frechet_distance(*gaussians[0], *gaussians[1]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_it_reads_our_statistics(pytorch_fid, tmp_path):
-    mu, sigma = np.arange(3.0), np.eye(3)
-    fid.save_statistics(tmp_path / "stats.npz", mu, sigma)
-    read = pytorch_fid[1].compute_statistics_of_path(str(tmp_path / "stats.npz"), None, 1, 3, "cpu")
-    assert (read[0] == mu).all() and (read[1] == sigma).all()
+# ---- diffusers: schedulers
 
 
 @pytest.mark.parametrize("sampler", ["ddpm small", "ddpm large", "ddim 0", "ddim 0.5", "ddim 1"])
 @pytest.mark.parametrize("steps", [1000, 100, 8])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, sampler):
+def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, sampler, monkeypatch):
     """The same x_s from the same x_t, eps and noise, at every step on the way from x_T to x_0."""
     schedulers = pytest.importorskip("diffusers")
     kind, how = sampler.split()
@@ -116,7 +100,7 @@ def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, sampler):
                     beta_schedule="linear" if schedule == "linear" else "squaredcos_cap_v2")
     if kind == "ddpm":
         theirs = schedulers.DDPMScheduler(**settings, variance_type=f"fixed_{how}")
-        way = dict(variance=how)
+        way, options = dict(variance=how), {}
     else:
         theirs = schedulers.DDIMScheduler(**settings)
         way = dict(sampler="ddim", eta=float(how))
@@ -126,41 +110,39 @@ def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, sampler):
     torch.testing.assert_close(theirs.alphas_cumprod.double(), alpha_bar[1:], rtol=1e-4, atol=1e-7)
     theirs.alphas_cumprod = alpha_bar[1:]  # in float32, 1 - alpha_bar is 1e-3 off for small t
 
-    def draw(seed, *_):
+    def draw(seed):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)
 
-    seen = []
+    seen, path = [], []
 
     def net(x, t):
         seen.append(t[0].item())
         return draw(t[0].item())
 
-    path = []
     ddpm.sample(net, draw(5000), alpha_bar, steps, **way, noise=lambda x: draw(9000), path=path)
     assert seen == theirs.timesteps.tolist()
     if sampler == "ddpm large" and steps < 1000:
         path.pop()  # theirs adds noise in the last step, too, unless it starts from t = 1
+    if options.get("eta"):
+        options["variance_noise"] = draw(9000)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor",
+                        lambda *_, **__: draw(9000))
     for t, x, after in zip(seen, path, path[1:]):
-        if kind == "ddpm":  # it draws its noise itself
-            patch = pytest.MonkeyPatch()
-            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor",
-                          lambda *_, **__: draw(9000))
-            expected = theirs.step(draw(t), t, x).prev_sample
-            patch.undo()
-        else:
-            extra = dict(options, variance_noise=draw(9000)) if options["eta"] else options
-            expected = theirs.step(draw(t), t, x, **extra).prev_sample
+        expected = theirs.step(draw(t), t, x, **options).prev_sample
         torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
-def difference(net, theirs, sizes, channels=3):
+# ---- public weights
+
+
+def difference(net, theirs, sizes):
     """The largest ||ours - theirs|| / ||theirs||, at several times, on squares of these sizes."""
     torch.manual_seed(1)
     worst = 0.0
     for size in sizes:
         t = torch.tensor([0, 1, 500, 999] if size < 100 else [1, 999])
-        x = torch.randn(len(t), channels, size, size)
+        x = torch.randn(len(t), 3, size, size)
         with torch.no_grad():
             expected = theirs(x, t)
             expected = getattr(expected, "sample", expected)
@@ -178,32 +160,63 @@ LAYOUTS = {  # of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, narrowed 
         sample_size=256, block_out_channels=(32, 32, 64, 64, 128, 128),
         down_block_types=(*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4))}
-OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """hub(**changes): a folder like google/ddpm-cifar10-32, with random weights, and its network."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def hub(layout="cifar10-32", safe=True, scheduler={}, **changes):
+        config = dict(layers_per_block=2, attention_head_dim=None, downsample_padding=0,
+                      flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
+        net = diffusers.UNet2DModel(**{**LAYOUTS[layout], **config, **changes}).eval()
+        randomised(net).save_pretrained(tmp_path / "hub", safe_serialization=safe)
+        scheduler = {"variance_type": "fixed_large", **scheduler}
+        diffusers.DDPMScheduler(**scheduler).save_config(tmp_path / "hub")
+        return str(tmp_path / "hub"), net
+
+    return hub
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "old names"])
-def test_weights_of_diffusers_give_the_same_output(layout, kind, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    theirs = diffusers.UNet2DModel(
-        **LAYOUTS[layout], layers_per_block=2, attention_head_dim=None, downsample_padding=0,
-        flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6).eval()
-    randomised(theirs)
-    theirs.save_pretrained(tmp_path, safe_serialization=kind == "safetensors")
-    if kind == "old names":
-        weights = torch.load(tmp_path / "diffusion_pytorch_model.bin", weights_only=True)
-        for new, old in OLD.items():
-            weights = {k.replace(new, old): v for k, v in weights.items()}
-        torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
-    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True)
-    scheduler.save_config(tmp_path)
-    net = ddpm.UNet.from_pretrained(tmp_path)
-    sizes = (32, 64) if layout == "cifar10-32" else (32, 96, 256)
-    assert difference(net, theirs, sizes) < 1e-5
-    settings = ddpm.parse_flags(["--init_from", str(tmp_path)])
-    assert settings["VARIANCE"] == "large"
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_of_diffusers_give_the_same_output(layout, safe, hub):
+    folder, theirs = hub(layout, safe)
+    net = ddpm.UNet.from_pretrained(folder)
+    assert not net.training
+    assert difference(net, theirs, (32, 64) if layout == "cifar10-32" else (32, 96, 256)) < 1e-5
+    settings, _ = ddpm.parse_flags(["--init_from", folder])
+    assert settings["VARIANCE"] == "large" and settings["LR"] == 1e-4
     assert settings["IMAGE_SIZE"] == LAYOUTS[layout]["sample_size"]
+    assert ddpm.parse_flags(["--init_from", folder, "--lr", "1"])[0]["LR"] == 1
+
+
+@pytest.mark.parametrize("change", [
+    dict(act_fn="gelu"), dict(attention_head_dim=8), dict(downsample_padding=1),
+    dict(flip_sin_to_cos=True), dict(freq_shift=0), dict(resnet_time_scale_shift="scale_shift"),
+    dict(mid_block_scale_factor=2), dict(num_class_embeds=3), dict(out_channels=6)], ids=str)
+def test_another_network_is_refused(change, hub):
+    folder, _ = hub(**change)
+    with pytest.raises(ValueError, match="--init_from"):
+        ddpm.UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [
+    dict(prediction_type="v_prediction"), dict(beta_schedule="sigmoid"), dict(beta_end=0.03),
+    dict(trained_betas=[0.1] * 30), dict(num_train_timesteps=500)], ids=str)
+def test_another_diffusion_is_refused(change, hub):
+    folder, _ = hub(scheduler=change)
+    with pytest.raises(SystemExit):
+        ddpm.parse_flags(["--init_from", folder])
+
+
+@pytest.mark.parametrize("T", [500, 4000])
+def test_schedules_of_other_lengths(T, hub):
+    folder, _ = hub(scheduler=dict(num_train_timesteps=T, beta_start=0.1 / T, beta_end=20 / T))
+    assert ddpm.parse_flags(["--init_from", folder])[0]["TIMESTEPS"] == T
+    folder, _ = hub(scheduler=dict(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2"))
+    assert ddpm.parse_flags(["--init_from", folder])[0]["SCHEDULE"] == "cosine"
 
 
 @pytest.mark.parametrize("attention, sizes", [((4, 8), (32, 64, 256)), ((2,), (32, 64))])
@@ -213,21 +226,51 @@ def test_weights_of_dlstudio_give_the_same_output(attention, sizes, tmp_path):
         pytest.skip("DLStudio is not installed")
     path = Path(spec.submodule_search_locations[0], "GenerativeDiffusion.py")
     spec = importlib.util.spec_from_file_location("dlstudio", path)  # without the whole package
-    spec.loader.exec_module(dlstudio := importlib.util.module_from_spec(spec))
-    torch.manual_seed(0)
-    theirs = dlstudio.UNetModel(3, 32, 3, 2, attention, (1, 2, 3, 4), num_heads=1).eval()
-    randomised(theirs)
+    dlstudio = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dlstudio)
+    theirs = randomised(dlstudio.UNetModel(3, 32, 3, 2, attention, (1, 2, 3, 4), num_heads=1).eval())
     torch.save(theirs.state_dict(), tmp_path / "diffusion.pt")
     net = ddpm.UNet.from_pretrained(tmp_path / "diffusion.pt")
     assert difference(net, theirs, sizes) < 1e-5
-    settings = ddpm.parse_flags(["--init_from", str(tmp_path / "diffusion.pt")])
+    settings, _ = ddpm.parse_flags(["--init_from", str(tmp_path / "diffusion.pt")])
     assert (settings["IMAGE_SIZE"], settings["TIMESTEPS"]) == (64, 1000)
     assert (settings["SCHEDULE"], settings["VARIANCE"]) == ("linear", "small")
 
 
-def test_peers_that_ci_installs_are_there():
-    """In CI no test above may be skipped for want of its peer."""
-    import os
+def test_sampling_and_fine_tuning(run, hub, tmp_path, images, monkeypatch, capsys):
+    monkeypatch.setattr("conftest.TINY", {"ddpm": ["--batch_size", "8"]})
+    folder, theirs = hub(block_out_channels=(32, 32, 32, 32), sample_size=16)
+    out, source = tmp_path / "out", ["--init_from", folder]
+    run(ddpm, out, "--sample", 3, "--sample_steps", 2, "--batch_size", 3, *source)
+    assert len(pictures(out / "generated")) == 3 and not (out / "ckpt.pt").exists()
+    run(ddpm, out, "--max_steps", 2, *source)
+    ckpt = checkpoint(out)
+    moved = (ckpt["net"]["conv_in.weight"] - theirs.conv_in.weight).abs().max()
+    assert 0 < moved < 1e-5  # from those weights, by two steps of warm-up
+    for file in Path(folder).iterdir():
+        file.unlink()  # the checkpoint no longer needs them
+    run(ddpm, out, "--resume", "--max_steps", 3)
+    assert checkpoint(out)["step"] == 3 and checkpoint(out)["args"]["groups"] == 32
+    for wrong in ([*source, "--channels", 8], [*source, "--resume"]):
+        with pytest.raises(SystemExit):
+            run(ddpm, tmp_path / "other", *wrong)
+    assert "pip install diffusers" in capsys.readouterr().err
 
-    if os.environ.get("PEERS"):
-        assert all(importlib.util.find_spec(name) for name in os.environ["PEERS"].split())
+
+def test_grey_images_do_not_fit_colour_weights(run, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("conftest.TINY", {"ddpm": ["--batch_size", "8"]})
+    folder, _ = hub(block_out_channels=(32, 32, 32, 32), sample_size=16)
+    np.save(tmp_path / "grey.npy", np.zeros((9, 16, 16), np.uint8))
+    with pytest.raises(SystemExit, match="3 channels"):
+        run(ddpm, tmp_path / "out", "--init_from", folder, data=tmp_path / "grey.npy")
+
+
+def test_damaged_weights_are_refused(hub):
+    folder, _ = hub()
+    path = Path(folder, "diffusion_pytorch_model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="--init_from"):
+        ddpm.UNet.from_pretrained(folder)
+    Path(folder, "config.json").write_text(json.dumps({"_class_name": "Other"}))
+    with pytest.raises(ValueError, match="--init_from"):
+        ddpm.UNet.from_pretrained(folder)
