@@ -257,7 +257,8 @@ def main(settings, ckpt):
             saved_at = time.time()
         if SAMPLE_EVERY and not stop and (done or epoch_ends and epoch % SAMPLE_EVERY == 0):
             picture = f"epoch_{epoch:04}.png"
-            data.save_grid(torch.cat(list(generate(10 * columns))), out / "samples" / picture, columns)
+            grid = torch.cat(list(generate(10 * columns)))
+            data.save_grid(grid, out / "samples" / picture, columns)
             data.save_gif(out / "samples", out / "samples.gif")
             data.save_plot(out / "loss.png", loss=log.curves("loss_D", "loss_G"),
                            D=log.curves("D(x)", "D(G(z))"))
@@ -281,9 +282,7 @@ def main(settings, ckpt):
 
 def parse_flags(argv=None):
     """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
-
-    A flag wins over the checkpoint, and the checkpoint over the constants at the top of this file.
-    """
+    A flag wins over the checkpoint, and that over the constants at the top of this file."""
     source = Path(__file__).read_text("utf-8")
     comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
     settings = {name: globals()[name] for name in comments}

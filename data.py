@@ -6,8 +6,7 @@
 
 A set is decoded once into a uint8 array (N, H, W, C) under data_dir, and memory-mapped from then
 on: no worker processes are needed, and memory does not grow with the set. On a user's mistake,
-functions raise ValueError or OSError with a message that says what to do.
-"""
+functions raise ValueError or OSError with a message that says what to do."""
 import csv
 import glob
 import hashlib
@@ -37,18 +36,19 @@ TOY_COUNT = 10_000  # images in a toy set
 
 
 def load(name, size, data_dir="data", limit=0):
-    """All images of a set, and their labels.
+    """Images, uint8 (N, C, size, size), and labels, int64 (N,), or None if there are none.
 
     name: celeba, mnist, toy-faces or toy-digits, or the path of a folder, .zip, .npy or .npz
-    size: pixels a side; images are cropped to the largest centred square, then resized
+    size: images are cropped to the largest centred square, then resized to size x size pixels
     limit: only the first `limit` images; 0 = all
-    Returns images, uint8 (N, C, size, size), and labels, int64 (N,), or None if there are none.
     """
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
 
-    data_dir, path = Path(data_dir), Path(name).expanduser()
+    data_dir = Path(data_dir)
+    path = Path(name).expanduser()
     if name == "celeba":
-        array, labels = load_files(find_celeba(data_dir / "celeba"), name, size, data_dir)
+        source = find_celeba(data_dir / "celeba")
+        array, labels = load_files(source, name, size, data_dir)
     elif name == "mnist":
         array, labels = load_mnist(data_dir)
     elif name in ("toy-faces", "toy-digits"):
@@ -61,8 +61,11 @@ def load(name, size, data_dir="data", limit=0):
         array, labels = load_files(path, path.stem, size, data_dir)
     images = torch.from_numpy(array)[:limit or None].permute(0, 3, 1, 2)
     if images.shape[2:] != (size, size):  # mnist, or an array of another size
-        images = resize(center_crop(images, min(images.shape[2:])), [size, size])
-    return images, None if labels is None else torch.from_numpy(labels)[:limit or None]
+        images = center_crop(images, min(images.shape[2:]))
+        images = resize(images, [size, size])
+    if labels is not None:
+        labels = torch.from_numpy(labels)[:limit or None]
+    return images, labels
 
 
 @contextmanager
@@ -79,9 +82,7 @@ def replacing(path):
 
 def cached(path, items, decode):
     """The array (N, H, W, C) of decode(item) for all items, memory-mapped, and a list of the items.
-
-    It is made once, as the file `path`. Items that decode() returns None for are left out.
-    """
+    It is made once, as the file `path`. Items that decode() returns None for are left out."""
     list_path = path.with_suffix(".json")
     if not path.exists():
         print(f"preparing {path} (once)", file=sys.stderr)
@@ -136,10 +137,8 @@ def load_files(path, name, size, data_dir):
 
 
 def list_files(path):
-    """The names of all files in a folder or .zip, sorted, and a function: name -> path or file.
-
-    Hidden files are left out. A .zip is read in memory, so it does not matter where its paths lead.
-    """
+    """The names of all files in a folder or .zip, and a function from a name to its path or file.
+    Hidden files are left out. A .zip is read in memory: it does not matter where its paths lead."""
     if path.is_dir():
         names = glob.glob("**", root_dir=path, recursive=True)
         names = [name for name in names if (path / name).is_file()]
@@ -148,22 +147,23 @@ def list_files(path):
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a folder, a whole .zip, a .npy or a .npz") from error
-    names = [name for name in archive.namelist() if "/." not in "/" + name and name[-1] != "/"]
+    names = [name for name in archive.namelist() if name[-1] != "/"]  # not of folders
+    names = [name for name in names if "/." not in "/" + name]
     return sorted(names), lambda name: io.BytesIO(archive.read(name))
 
 
 def fingerprint(path, names):
     """Eight characters that change when a file changes its name, size or time."""
-    files = [path / name for name in names] if path.is_dir() else [path]
-    states = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    states = [path.resolve()]
+    for file in [path / name for name in names] if path.is_dir() else [path]:
+        stat = file.stat()
+        states += [file, stat.st_size, stat.st_mtime_ns]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:8]
 
 
 def read_image(file, mode="RGB", size=None):
     """An image file -> an upright Pillow image. ValueError on 16-bit images.
-
-    size: a large JPEG may be read at a fraction of its size, if that is at least 2 * size
-    """
+    size: a large JPEG may be read at a fraction of its size, if that is at least 2 * size."""
     image = Image.open(file)
     if image.mode.startswith(("I", "F")):
         raise ValueError("16-bit images are not read: Pillow would clip them")
@@ -200,9 +200,6 @@ def read_array(path):
     if array.dtype != np.uint8 or array.shape[3:] not in ((1,), (3,)) or not array.size:
         raise ValueError(f"{path} is {array.dtype} {array.shape}: give uint8 (N, H, W, 1 or 3)")
     return array
-
-
-# ---- the named sets
 
 
 def find_celeba(home):
@@ -243,8 +240,10 @@ def draw_toys(name, size, count):
 def draw_digit(number, size):
     """The digit number mod 10, of random place, form and brightness: uint8 (size, size, 1)."""
     rng = np.random.default_rng(number)
-    image, font = Image.new("L", (64, 64)), ImageFont.load_default(48)
-    pen, ink = ImageDraw.Draw(image), int(rng.integers(150, 256))
+    image = Image.new("L", (64, 64))
+    font = ImageFont.load_default(48)
+    ink = int(rng.integers(150, 256))
+    pen = ImageDraw.Draw(image)
     pen.text((32, 32), str(number % 10), ink, font, anchor="mm", stroke_width=1)
     # pixel p of the result shows point matrix @ p + shift: turned, sheared and scaled
     matrix = (np.eye(2) + rng.uniform(-0.25, 0.25, (2, 2))) * 52 / size
@@ -262,15 +261,18 @@ def draw_face(number, size):
     light = rng.integers(40, 80)
     skin, shade = f"hsl(25, 45%, {light}%)", f"hsl(25, 35%, {light - 8}%)"
     hair = f"hsl(35, 45%, {rng.integers(8, 70)}%)"
-    w, h, eye, gap = rng.uniform((0.22, 0.29, 0.035, 0.09), (0.27, 0.35, 0.055, 0.12))
-    long, mouth = rng.uniform((0.0, 0.01), (0.4, 0.06))
+    w = rng.uniform(0.22, 0.27)
+    h = rng.uniform(0.29, 0.35)
+    eye = rng.uniform(0.035, 0.055)
+    gap = rng.uniform(0.09, 0.12)
+    long = rng.uniform(0, 0.4)
     ellipses = [  # x, y, radius in x and y, colour; (0, 0) is the middle, 1 the picture's side
         (0, 0.62, 0.42, 0.25, shirt),
         (0, long, w + 0.07, h * 0.8, hair),
         (0, -0.05, w + 0.06, h + 0.06, hair),
         (0, h, 0.1, 0.14, shade),  # neck
         (0, 0, w, h, skin),
-        (0, h * 0.5, eye * 2, mouth, "brown"),
+        (0, h * 0.5, eye * 2, gap * 0.3, "brown"),
     ]
     for x in (-gap, gap):
         ellipses.append((x, -0.05, eye * 1.3, eye, "white"))
@@ -288,11 +290,10 @@ def draw_face(number, size):
 
 class Batches:
     """x, y = get_batch(step): the batch of any step, which depends on (seed, step) alone.
-
     x: float (B, C, H, W) in [-1, 1]; y: int64 (B,), or None without labels; both on the device
-    An epoch is len(get_batch) steps, in an order of its own. It drops its last partial batch; a set
-    smaller than a batch is one short batch. flip: mirror half of each batch.
-    """
+
+    An epoch, len(get_batch) steps, has an order of its own and drops its last partial batch; a set
+    smaller than a batch is one short batch. flip: mirror half of each batch."""
 
     def __init__(self, images, labels, batch_size, seed=0, flip=False, device="cpu",
                  memory_format=torch.channels_last):
@@ -303,7 +304,8 @@ class Batches:
         self.rows = images.permute(0, 2, 3, 1)  # as load() stores them: an image is contiguous
         self.labels = None if labels is None else labels.to(images.device)
         self.size = min(batch_size, len(images))
-        self.seed, self.flip, self.device, self.memory_format = seed, flip, device, memory_format
+        self.seed, self.flip = seed, flip
+        self.device, self.memory_format = device, memory_format
         self.epoch = None
 
     def __len__(self):
@@ -318,7 +320,9 @@ class Batches:
             self.epoch = epoch
         chosen = self.order[i * self.size:(i + 1) * self.size]
         x = self.to_device(self.rows.index_select(0, chosen))
-        y = None if self.labels is None else self.to_device(self.labels[chosen])
+        y = None
+        if self.labels is not None:
+            y = self.to_device(self.labels[chosen])
         x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.flip:
             half = (len(x) + step % 2) // 2  # the order is random, so any half will do
@@ -335,7 +339,8 @@ class Batches:
 
 def to_uint8(x):
     """Images in [-1, 1] -> uint8, the inverse of what Batches does."""
-    return x.float().add(1).mul(127.5).round().clamp(0, 255).byte()
+    x = (x.float() + 1) * 127.5
+    return x.round().clamp(0, 255).byte()
 
 
 def remove_images(folder):
@@ -402,9 +407,7 @@ def density(values):
 
 class Log:
     """The rows of log.csv, which are also printed, and kept in the checkpoint.
-
-    names: of the values that write() takes; step, rows: of the run so far, when it is resumed
-    """
+    names: of the values that write() takes; step, rows: of the run so far, when it is resumed."""
 
     def __init__(self, path, names, step=0, rows=()):
         self.path, self.names, self.rows = path, names, list(rows)
@@ -419,8 +422,9 @@ class Log:
         self.last_step, self.last_time = step, time.time()
         values = [round(value, 6) for value in values]
         self.rows.append([step, epoch, round(self.seconds, 1), round(rate, 1), *values])
-        with replacing(self.path) as tmp, open(tmp, "w", newline="") as file:
-            csv.writer(file).writerows([self.columns, *self.rows])
+        with replacing(self.path) as tmp:
+            with open(tmp, "w", newline="") as file:
+                csv.writer(file).writerows([self.columns, *self.rows])
         shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(self.names, values))
         print(f"epoch {epoch}  step {step}/{total}  {shown}  {rate:.0f} images/s{note}", flush=True)
 
@@ -447,7 +451,7 @@ def restore(parts, ckpt):
 
 
 def catch_signals():
-    """A list that fills when Ctrl-C or SIGTERM asks the run to stop. A second one ends it at once."""
+    """A list that fills when Ctrl-C or SIGTERM asks the run to stop. A second one ends it."""
     stop = []
 
     def note(number, frame):
@@ -468,10 +472,8 @@ def set_handlers(handler):
 
 
 def pick_device(name="auto", dtype="auto", compiled=False):
-    """--device, --dtype and --compile -> a torch.device, whether to use bfloat16, and torch.compile.
-
-    auto: the first of cuda, mps and cpu that there is; bfloat16 on CUDA of capability 8.0 or more
-    """
+    """--device, --dtype and --compile -> a torch.device, and whether to use bfloat16 and compile.
+    auto: the first of cuda, mps and cpu that there is; bfloat16 on CUDA of capability 8.0 up."""
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype}: give bfloat16, float32 or auto")
     if name == "auto":

@@ -56,8 +56,7 @@ SAMPLE = 0              # do not train, but write N images to OUT_DIR/generated
 
 
 def layer_channels(image_size, width):
-    """Channels at half the image's size, a quarter, ... down to 4x4; for 64 px and width 64,
-    [64, 128, 256, 512] at 32, 16, 8 and 4 px."""
+    """Channels at half the image's size, a quarter, ..., 4x4. For 64 px: 64, 128, 256, 512."""
     if image_size not in (16, 32, 64, 128, 256):
         raise ValueError(f"--image_size {image_size}: give 16, 32, 64, 128 or 256")
     return [width * min(2**i, 8) for i in range(int(math.log2(image_size)) - 2)]
@@ -80,10 +79,8 @@ class Generator(nn.Module):
                 nn.BatchNorm2d(b),
                 nn.ReLU(True),
             ]
-        layers += [
-            nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1, bias=False),
-            nn.Tanh(),
-        ]
+        layers += [nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1, bias=False)]
+        layers += [nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
 
@@ -97,10 +94,8 @@ class Discriminator(nn.Module):
     def __init__(self, image_size=64, channels=3, width=64):
         super().__init__()
         widths = layer_channels(image_size, width)
-        layers = [
-            nn.Conv2d(channels, widths[0], 4, stride=2, padding=1, bias=False),  # half the size
-            nn.LeakyReLU(0.2, True),
-        ]
+        layers = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1, bias=False)]  # half
+        layers += [nn.LeakyReLU(0.2, True)]
         for a, b in zip(widths, widths[1:]):
             layers += [
                 nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False),             # ..., 8x8, 4x4
@@ -287,9 +282,7 @@ def main(settings, ckpt):
 
 def parse_flags(argv=None):
     """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
-
-    A flag wins over the checkpoint, and the checkpoint over the constants at the top of this file.
-    """
+    A flag wins over the checkpoint, and that over the constants at the top of this file."""
     source = Path(__file__).read_text("utf-8")
     comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
     settings = {name: globals()[name] for name in comments}

@@ -1,8 +1,8 @@
 """DDPM: images from noise, step by step (Ho et al. 2020, https://arxiv.org/abs/2006.11239).
 
 T small steps turn an image into noise. A U-Net learns to predict the noise in a noisy image; with
-it, the steps are taken backwards, and pure noise becomes a new image. DDIM (Song et al. 2020,
-https://arxiv.org/abs/2010.02502) takes fewer and longer steps with the same network.
+it, the steps are taken backwards, and noise becomes a new image. DDIM (Song et al. 2020,
+https://arxiv.org/abs/2010.02502) takes fewer and longer steps.
 
     python ddpm.py                                               # MNIST, into out/ddpm
     python ddpm.py --data celeba --out_dir out/faces             # faces; needs a GPU
@@ -80,9 +80,7 @@ PRESETS = {
 
 def embed_time(t, channels, cos_first=False):
     """t (B,) -> (B, channels): sines and cosines, with frequencies from 1 down to 1/10000.
-
-    cos_first: as in improved-diffusion, which also stops one frequency before 1/10000
-    """
+    cos_first: as in improved-diffusion, which also stops one frequency before 1/10000"""
     half = channels // 2
     steps = half if cos_first else half - 1
     frequencies = torch.exp(-math.log(10000) / steps * torch.arange(half, device=t.device))
@@ -136,13 +134,14 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the size, by a convolution of stride 2, with zeros to the right and below."""
+    """Half the size, by a convolution of stride 2. margins: zeros left, right, above and below."""
 
-    def __init__(self, channels, pad_all_sides):
-        super().__init__(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
+    def __init__(self, channels, margins):
+        super().__init__(channels, channels, 3, stride=2)
+        self.margins = margins
 
     def forward(self, x, time):
-        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return super().forward(F.pad(x, self.margins))
 
 
 class Upsample(nn.Conv2d):
@@ -156,24 +155,23 @@ class Upsample(nn.Conv2d):
 
 
 class UNet(nn.Module):
-    """Noisy images (B, C, H, W), t (B,) in 0 ... T - 1 and labels (B,) or None -> noise (B, C, H, W).
-
+    """Noisy images (B, C, H, W), t (B,) in 0 ... T - 1, labels (B,) or None -> noise (B, C, H, W).
     channels, mults: level i has channels * mults[i] channels, at 1 / 2**i of the image's size
     blocks: residual blocks in each level on the way down; one more on the way up
     attention: for each level, whether its blocks have attention
     groups, eps: of GroupNorm. It needs more than one channel in a group: else it removes the time
         embedding, which is one number for each channel
     classes: number of labels; the label `classes` stands for "no label"
-    dlstudio: with the details in which the network of DLStudio's diffusion.pt differs
-    """
+    dlstudio: with the details in which the network of DLStudio's diffusion.pt differs"""
 
     def __init__(self, in_channels=1, channels=32, mults=(1, 2, 4), blocks=1,
                  attention=(False, False, True), groups=8, dropout=0.0, eps=1e-6, classes=0,
                  dlstudio=False):
         super().__init__()
-        self.args = dict(in_channels=in_channels, channels=channels, mults=mults, blocks=blocks,
-                         attention=attention, groups=groups, dropout=dropout, eps=eps,
-                         classes=classes, dlstudio=dlstudio)  # to build the network again
+        self.args = dict(
+            in_channels=in_channels, channels=channels, mults=mults, blocks=blocks,
+            attention=attention, groups=groups, dropout=dropout, eps=eps, classes=classes,
+            dlstudio=dlstudio)  # to build the network again
         time_dim = 4 * channels
 
         def block(a, b, attention):
@@ -190,7 +188,7 @@ class UNet(nn.Module):
                 a = channels * mult
                 skips.append(a)
             if level < len(mults) - 1:
-                self.down.append(Downsample(a, pad_all_sides=dlstudio))
+                self.down.append(Downsample(a, (1, 1, 1, 1) if dlstudio else (0, 1, 0, 1)))
                 skips.append(a)
         self.middle = nn.ModuleList([block(a, a, True), block(a, a, False)])
         self.up = nn.ModuleList()
@@ -226,13 +224,20 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, dropout=0.0):
-        """A U-Net with public weights, in eval mode.
-
+        """A U-Net with public weights, in eval mode. ValueError if they are not of this U-Net.
         source: a hub repository or a folder with a UNet2DModel of diffusers (which must be
-            installed), or a file like DLStudio's diffusion.pt
-        ValueError: there is no such source, or its network is not this U-Net
-        """
-        return load_pretrained(str(source), dropout)
+            installed), or a file like DLStudio's diffusion.pt"""
+        read = read_dlstudio if Path(source).is_file() else read_diffusers
+        try:
+            args, weights, theirs = read(source)
+            net = cls(**args, dropout=dropout).eval()
+            net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))
+            if theirs:
+                compare_outputs(net, theirs)
+        except Exception as error:  # diffusers and torch raise nearly anything on other networks
+            hint = "a hub repository or a folder needs `pip install diffusers`"
+            raise ValueError(f"--init_from {source}: {str(error)[:200]!r} ({hint})") from error
+        return net
 
 
 # ---- diffusion, in the symbols of the paper: x_t is the image x_0 after t of T steps
@@ -240,10 +245,8 @@ class UNet(nn.Module):
 
 def make_alpha_bar(schedule, T):
     """alpha_bar_t for t = 0 ... T, float64: the share of the variance of x_0 that is left in x_t.
-
     schedule: linear (Ho et al., section 4), with betas from 1e-4 to 0.02 for T = 1000, or cosine
-        (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)
-    """
+        (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)"""
     if schedule == "linear":
         if T <= 20:
             raise ValueError(f"--timesteps {T}: the linear schedule needs 21 or more")
@@ -257,18 +260,14 @@ def make_alpha_bar(schedule, T):
 
 def add_noise(x_0, t, eps, scales):
     """x_t ~ q(x_t | x_0) (eq. 4), for x_0 and eps ~ N(0, 1), both (B, C, H, W), and t (B,).
-
-    scales: (2, T + 1), sqrt(alpha_bar) and sqrt(1 - alpha_bar)
-    """
+    scales: sqrt(alpha_bar) and sqrt(1 - alpha_bar), (2, T + 1)"""
     signal_scale, noise_scale = scales[:, t, None, None, None]
     return signal_scale * x_0 + noise_scale * eps
 
 
 def ddpm_step(x_t, x_0, a_t, a_s):
     """Mean and variance of q(x_s | x_t, x_0) for s < t (eq. 6 and 7, where s = t - 1).
-
-    a_t, a_s: alpha_bar at t and at s
-    """
+    a_t, a_s: alpha_bar at t and at s"""
     beta = 1 - a_t / a_s  # of all steps between s and t together
     mean = (a_s**0.5 * beta * x_0 + (a_t / a_s)**0.5 * (1 - a_s) * x_t) / (1 - a_t)
     return mean, beta * (1 - a_s) / (1 - a_t)
@@ -285,11 +284,9 @@ def ddim_step(x_t, x_0, a_t, a_s, eta):
 def sample(net, x, alpha_bar, num_steps, sampler="ddpm", variance="small", eta=0.0,
            noise=torch.randn_like, path=None):
     """x_T, noise (B, C, H, W) -> x_0, images in [-1, 1] (Algorithm 2), in num_steps of the T steps.
-
     net: a function of x_t and t, (B,) in 0 ... T - 1, that predicts eps
     sampler, variance, eta: see the flags above; noise(x) draws noise of the shape of x
-    path: a list, if given, to which x_T, ..., x_0 are appended
-    """
+    path: a list, if given, to which x_T, ..., x_0 are appended"""
     times = torch.linspace(len(alpha_bar) - 1, 0, num_steps + 1, dtype=torch.float64).round().long()
     a = alpha_bar.tolist()
     if path is not None:
@@ -313,8 +310,7 @@ def sample(net, x, alpha_bar, num_steps, sampler="ddpm", variance="small", eta=0
 
 def guide(net, y, guidance):
     """A function of x_t and t that predicts eps for labels y (B,) by classifier-free guidance (Ho &
-    Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6 with guidance = 1 + w).
-    """
+    Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6 with guidance = 1 + w)."""
     def predict(x, t):
         if guidance == 1:
             return net(x, t, y)
@@ -333,14 +329,14 @@ def main(settings, ckpt):
     """settings: the constants by name; ckpt: what --resume or --sample starts from, or None."""
     import data  # here, so that the network above can be imported with torch alone
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     out = Path(OUT_DIR)
     if not ckpt and not SAMPLE and (out / "ckpt.pt").exists():
         sys.exit(f"error: {out} holds a run: give --resume to go on, or another --out_dir")
     try:  # what can fail because of a flag or a file
         if SAMPLE_STEPS > TIMESTEPS or ETA > 1 or LABEL and not SAMPLE:
-            raise ValueError("--sample_steps must not exceed --timesteps, --eta not 1; --label goes "
-                             "with --sample")
+            raise ValueError("--sample_steps, --eta or --label: too large, or not for training")
         device, bfloat16, compiled = data.pick_device(DEVICE, DTYPE, COMPILE)
         # channels last is faster, but not for GroupNorm in bfloat16 on the CPU, and wrong on MPS
         contiguous = device.type == "mps" or device.type == "cpu" and bfloat16
@@ -360,8 +356,10 @@ def main(settings, ckpt):
             if BATCH_SIZE % world or len(images) < world:
                 raise ValueError(f"--batch_size must be a multiple of {world}, the processes")
             share = slice(rank, len(images) // world * world, world)
-            images, labels = images[share], labels[share] if CONDITIONAL else None
-            get_batch = data.Batches(images, labels, BATCH_SIZE // world, SEED, FLIP, device, layout)
+            images = images[share]
+            labels = labels[share] if CONDITIONAL else None
+            get_batch = data.Batches(images, labels, BATCH_SIZE // world, SEED, FLIP, device,
+                                     layout)
         if FID and not SAMPLE and rank == 0:
             import fid
 
@@ -372,14 +370,22 @@ def main(settings, ckpt):
         elif INIT_FROM:
             net = UNet.from_pretrained(INIT_FROM, DROPOUT).train()
         else:
-            attention = [IMAGE_SIZE // 2**level in ATTENTION for level in range(len(MULTS))]
-            net = UNet(images.shape[1], CHANNELS, MULTS, BLOCKS, attention, min(8, CHANNELS // 4),
-                       DROPOUT, classes=int(labels.max()) + 1 if CONDITIONAL else 0)
-        shape, classes = [net.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE], net.args["classes"]
+            net = UNet(
+                in_channels=images.shape[1],
+                channels=CHANNELS,
+                mults=MULTS,
+                blocks=BLOCKS,
+                attention=[IMAGE_SIZE // 2**level in ATTENTION for level in range(len(MULTS))],
+                groups=min(8, CHANNELS // 4),  # at least four channels in each
+                dropout=DROPOUT,
+                classes=int(labels.max()) + 1 if CONDITIONAL else 0,
+            )
+        shape = [net.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE]
+        classes = net.args["classes"]
         multiple = 2 ** (len(net.args["mults"]) - 1)
         if IMAGE_SIZE % multiple or not SAMPLE and images.shape[1] != shape[0]:
-            raise ValueError(f"the network takes images of {shape[0]} channels, and an --image_size "
-                             f"that is a multiple of {multiple}")
+            raise ValueError(f"the network takes {shape[0]} channels and an --image_size that is a "
+                             f"multiple of {multiple}")
         known = [str(label) for label in range(classes)]
         asked = LABEL.split(",") if LABEL else known
         if not set(asked) <= set(known) or GUIDANCE != 1 and not classes:
@@ -392,7 +398,6 @@ def main(settings, ckpt):
             data.restore(parts, ckpt)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     batch_size = min(BATCH_SIZE, 64)  # of samples
     asked = torch.tensor([int(label) for label in asked])
@@ -438,14 +443,14 @@ def main(settings, ckpt):
     step, rows = 0, []
     if ckpt:
         average.copy_(ckpt["average"])
-        step, rows = ckpt["step"], ckpt["log"]
+        step = ckpt["step"]
+        rows = ckpt["log"]
     names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
-    if rank == 0:
-        log = data.Log(out / "log.csv", names, step, rows)
+    log = data.Log(out / "log.csv", names, step, rows)
     if compiled:
         net.compile()
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    scales = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float().to(device)
+    scales = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
     decay_steps = EPOCHS * len(get_batch)
     total = min(decay_steps, MAX_STEPS or math.inf)
     done = step >= total
@@ -493,8 +498,9 @@ def main(settings, ckpt):
                          f"(an earlier checkpoint in {out} is still good)")
         if log_now:
             sums, counts = average.cpu()
-            values = [sums.sum() / counts.sum(), *(sums / counts)]
-            log.write(step, total, epoch, BATCH_SIZE, [value.item() for value in values])
+            loss = sums.sum() / counts.sum()
+            values = [loss.item(), *(sums / counts).tolist()]
+            log.write(step, total, epoch, BATCH_SIZE, values)
         if save_now:
             state = {name: part.state_dict() for name, part in parts.items()}
             state.update(model=Path(__file__).stem, step=step, average=average, log=log.rows,
@@ -507,7 +513,8 @@ def main(settings, ckpt):
             path, num_steps = [], min(50, TIMESTEPS)
             count = 10 * columns if classes else 64
             batches = generate(count, num_steps=num_steps, sampler="ddim", eta=1.0, path=path)
-            data.save_grid(torch.cat(list(batches)), out / "samples" / f"epoch_{epoch:04}.png", columns)
+            picture = out / "samples" / f"epoch_{epoch:04}.png"
+            data.save_grid(torch.cat(list(batches)), picture, columns)
             data.save_gif(out / "samples", out / "samples.gif")
             shown = [path[i * num_steps // 10][:8] for i in range(11)]  # from x_T to x_0
             shown = torch.stack(shown, 1).flatten(0, 1)
@@ -529,49 +536,11 @@ def main(settings, ckpt):
 # ---- public weights: the same U-Net by other authors
 
 
-def load_pretrained(source, dropout):
-    """See UNet.from_pretrained()."""
-    try:
-        if Path(source).is_file():
-            state = torch.load(source, map_location="cpu", weights_only=True)
-            net = UNet(**dlstudio_args(state), dropout=dropout).eval()
-            weights = [w.flatten(1) if w.ndim == 3 else w for w in state.values()]  # 1d convolutions
-            net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))
-            return net
-        from diffusers import UNet2DModel
+def read_diffusers(source):
+    """Arguments of UNet, a UNet2DModel's weights in the order of UNet's, and the UNet2DModel."""
+    from diffusers import UNet2DModel
 
-        theirs = UNet2DModel.from_pretrained(source).eval()
-        net = UNet(**diffusers_args(theirs.config), dropout=dropout).eval()
-        weights = diffusers_weights(theirs)
-        net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))
-        size = 2 ** len(net.args["mults"])  # leaves 2x2 pixels at the lowest level
-        x, t = torch.randn(2, net.args["in_channels"], size, size), torch.tensor([1, 500])
-        with torch.no_grad():
-            ours, theirs = net(x, t), theirs(x, t).sample
-        if not (ours - theirs).abs().max() < 1e-3 * theirs.abs().max():
-            raise ValueError("its network gives other outputs than UNet")
-        return net
-    except Exception as error:  # diffusers and torch raise nearly anything on other networks
-        raise ValueError(f"--init_from {source} (a hub repository or a folder needs `pip install "
-                         f"diffusers`): {str(error)[:200]!r}") from error
-
-
-def diffusers_args(config):
-    """The arguments of UNet for the config of a UNet2DModel."""
-    width = config.block_out_channels[0]
-    return dict(
-        in_channels=config.in_channels,
-        channels=width,
-        mults=[w // width for w in config.block_out_channels],
-        blocks=config.layers_per_block,
-        attention=["Attn" in kind for kind in config.down_block_types],
-        groups=config.norm_num_groups,
-        eps=config.norm_eps,
-    )
-
-
-def diffusers_weights(theirs):
-    """The weights of a UNet2DModel in the order of UNet's."""
+    theirs = UNet2DModel.from_pretrained(source).eval()
     modules = [theirs.time_embedding, theirs.conv_in]
     for part in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks):
         attentions = getattr(part, "attentions", [])
@@ -585,33 +554,48 @@ def diffusers_weights(theirs):
         if hasattr(module, "to_q"):  # here q, k and v are one layer
             qkv = [module.to_q, module.to_k, module.to_v]
             weights += module.group_norm.parameters()
-            weights += [torch.cat([layer.weight for layer in qkv])]
-            weights += [torch.cat([layer.bias for layer in qkv])]
+            weights.append(torch.cat([layer.weight for layer in qkv]))
+            weights.append(torch.cat([layer.bias for layer in qkv]))
             weights += module.to_out.parameters()
         else:
             weights += module.parameters()
-    return weights
+    config = theirs.config
+    width = config.block_out_channels[0]
+    args = dict(
+        in_channels=config.in_channels, channels=width, blocks=config.layers_per_block,
+        mults=[w // width for w in config.block_out_channels],
+        attention=["Attn" in kind for kind in config.down_block_types],
+        groups=config.norm_num_groups, eps=config.norm_eps)
+    return args, weights, theirs
 
 
-def dlstudio_args(state):
-    """The arguments of UNet for a state dict of improved-diffusion's UNetModel with one head.
-
-    Its weights are in the order of UNet's.
-    """
+def read_dlstudio(path):
+    """Arguments of UNet, and the weights of improved-diffusion's UNetModel with one head.
+    A state dict of it is in the order of UNet's; the sizes follow from the shapes."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
     width, in_channels = state["input_blocks.0.0.weight"].shape[:2]
     names = [f"input_blocks.{i}.0.in_layers.2.weight" for i in range(100)]
     widths = {i: len(state[name]) for i, name in enumerate(names) if name in state}
     firsts = [i for i in widths if i - 1 not in widths]  # the first block of each level
-    return dict(
-        in_channels=in_channels,
-        channels=width,
+    args = dict(
+        in_channels=in_channels, channels=width, blocks=len(widths) // len(firsts),
         mults=[widths[i] // width for i in firsts],
-        blocks=len(widths) // len(firsts),
         attention=[f"input_blocks.{i}.1.qkv.weight" in state for i in firsts],
-        groups=32,
-        eps=1e-5,
-        dlstudio=True,
-    )
+        groups=32, eps=1e-5, dlstudio=True)
+    # attention there is of 1d convolutions, whose weights have a third dimension of size 1
+    weights = [w.squeeze(2) if w.ndim == 3 else w for w in state.values()]
+    return args, weights, None
+
+
+def compare_outputs(net, theirs):
+    """ValueError if a UNet and a UNet2DModel give different outputs for a random input."""
+    size = 2 ** len(net.args["mults"])  # leaves 2x2 pixels at the lowest level
+    x = torch.randn(2, net.args["in_channels"], size, size)
+    t = torch.tensor([1, 500])
+    with torch.no_grad():
+        ours, expected = net(x, t), theirs(x, t).sample
+    if not (ours - expected).abs().max() < 1e-3 * expected.abs().max():
+        raise ValueError("its network gives other outputs than UNet")
 
 
 def pretrained_settings(source):
@@ -626,13 +610,9 @@ def pretrained_settings(source):
         alpha_bar = make_alpha_bar(schedule, T)[1:].float()
         same = torch.allclose(alpha_bar, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
         if same and config.prediction_type == "epsilon":
-            return dict(
-                IMAGE_SIZE=UNet2DModel.load_config(source)["sample_size"],
-                TIMESTEPS=T,
-                SCHEDULE=schedule,
-                VARIANCE="large" if config.variance_type == "fixed_large" else "small",
-                LR=1e-4,
-            )
+            size = UNet2DModel.load_config(source)["sample_size"]
+            variance = "large" if config.variance_type == "fixed_large" else "small"
+            return dict(IMAGE_SIZE=size, LR=1e-4, TIMESTEPS=T, SCHEDULE=schedule, VARIANCE=variance)
     raise ValueError("its betas are not those of either schedule, or it does not predict eps")
 
 
@@ -641,15 +621,13 @@ def pretrained_settings(source):
 
 def parse_flags(argv=None):
     """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
-
     A flag wins over the checkpoint or public weights, these over the preset of the data set, and
-    the preset over the constants at the top of this file.
-    """
+    the preset over the constants at the top of this file."""
     source = Path(__file__).read_text("utf-8")
     comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
     settings = {name: globals()[name] for name in comments}
-    choices = dict(SCHEDULE=["linear", "cosine"], SAMPLER=["ddpm", "ddim"],
-                   VARIANCE=["small", "large"])
+    choices = dict(
+        SCHEDULE=["linear", "cosine"], SAMPLER=["ddpm", "ddim"], VARIANCE=["small", "large"])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -664,8 +642,7 @@ def parse_flags(argv=None):
         parser.add_argument(*spellings, dest=name, **kind,
                             help=f"{comments[name]} (default: {default})")
     flags = vars(parser.parse_args(argv))
-    not_zero = ("IMAGE_SIZE EPOCHS BATCH_SIZE LR TIMESTEPS CHANNELS MULTS BLOCKS LOG_EVERY "
-                "SAMPLE").split()
+    not_zero = "IMAGE_SIZE EPOCHS BATCH_SIZE LR TIMESTEPS CHANNELS MULTS BLOCKS LOG_EVERY SAMPLE"
     for name, value in flags.items():
         if isinstance(value, list):
             flags[name] = tuple(value)
@@ -673,7 +650,7 @@ def parse_flags(argv=None):
             continue
         limit = 1 if name in ("EMA", "BETA1", "BETA2", "DROPOUT") else 2**32
         for number in value if isinstance(value, list) else [value]:
-            if not 0 <= number < limit or number == 0 and name in not_zero:
+            if not 0 <= number < limit or number == 0 and name in not_zero.split():
                 parser.error(f"--{name.lower()} {number} is out of range: {comments[name]}")
 
     settings.update(PRESETS.get(flags.get("DATA", DATA), {}))
@@ -681,7 +658,7 @@ def parse_flags(argv=None):
     path, ckpt = Path(settings["OUT_DIR"], "ckpt.pt"), None
     try:
         if settings["INIT_FROM"] and settings["RESUME"]:
-            raise ValueError("--init_from starts a new run: leave it out to go on with one")
+            raise ValueError("it starts a new run: leave it out to go on with one")
         elif settings["INIT_FROM"]:
             saved = pretrained_settings(settings["INIT_FROM"])
         elif settings["RESUME"] or settings["SAMPLE"]:
@@ -691,11 +668,11 @@ def parse_flags(argv=None):
             saved = ckpt["config"]
         else:
             return settings, None
-    except FileNotFoundError:
-        parser.error(f"there is no {path}: train first, or give the --out_dir of a run")
-    except Exception as error:  # torch raises nearly anything on a damaged file
-        parser.error(f"cannot start from {settings['INIT_FROM'] or path}: {error!r} "
-                     "(a hub repository or a folder needs `pip install diffusers`)")
+    except ImportError:
+        parser.error("--init_from needs diffusers here: pip install diffusers")
+    except Exception as error:  # torch and diffusers raise nearly anything on a damaged file
+        hint = "" if path.exists() else ": train first, or give the --out_dir of a run"
+        parser.error(f"cannot start from {settings['INIT_FROM'] or path}{hint} ({error!r})")
     for name in "TIMESTEPS SCHEDULE CHANNELS MULTS BLOCKS ATTENTION CONDITIONAL".split():
         if name in flags and flags[name] != saved.get(name):
             parser.error(f"--{name.lower()} cannot be changed: leave it out")

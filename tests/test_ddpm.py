@@ -68,7 +68,7 @@ def test_time_embedding():
 
 
 def test_downsampling_pads_to_the_right_and_below():
-    layer, x = ddpm.Downsample(4, pad_all_sides=False), torch.randn(2, 4, 6, 8)
+    layer, x = ddpm.Downsample(4, (0, 1, 0, 1)), torch.randn(2, 4, 6, 8)
     padded = torch.zeros(2, 4, 7, 9)
     padded[:, :, :6, :8] = x
     expected = F.conv2d(padded, layer.weight, layer.bias, stride=2)

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,9 @@ def test_sampling_and_fine_tuning(run, hub, tmp_path, images, monkeypatch, capsy
     for wrong in ([*source, "--channels", 8], [*source, "--resume"]):
         with pytest.raises(SystemExit):
             run(ddpm, tmp_path / "other", *wrong)
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing it fails
+    with pytest.raises(SystemExit):
+        run(ddpm, tmp_path / "other", *source)
     assert "pip install diffusers" in capsys.readouterr().err
 
 
