@@ -1,10 +1,9 @@
 """CGAN: digits on demand (Mirza & Osindero 2014, https://arxiv.org/abs/1411.1784).
 
-Two fully connected networks are trained against each other: the discriminator D to tell images of a
-data set from generated ones, the generator G to turn random numbers into images that D takes for
-real. Both also get the label of the image, so G learns to draw the class that it is given. With
---no-conditional there are no labels: the first GAN (Goodfellow et al. 2014,
-https://arxiv.org/abs/1406.2661).
+Two fully connected networks compete: the discriminator D learns to tell images of a data set from
+generated ones, the generator G to turn random numbers into images that D takes for real. Both also
+get the label, so G learns to draw the class that it is given. --no-conditional leaves the labels
+out: an unconditional GAN, as in Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661.
 
     python cgan.py                                # conditional GAN on MNIST, into out/cgan
     python cgan.py --no-conditional --out_dir out/gan
@@ -12,8 +11,8 @@ https://arxiv.org/abs/1406.2661).
     python cgan.py --sample 8 --label 2,0,2,6     # these in turn; without --label, all classes
     python cgan.py --data path/to/folders         # your own: a folder of images for each class
 
-To train on tensors of your own, write images, labels = tensor, classes in main(): uint8
-(N, C, H, W) and int64 (N,).
+To train on your own tensors, replace data.load(...) in main() by images, labels: uint8 (N, C, H, W)
+and int64 (N,).
 """
 import argparse
 import copy
@@ -37,15 +36,15 @@ OUT_DIR = "out/cgan"    # where the run writes
 IMAGE_SIZE = 28         # pixels a side
 LIMIT = 0               # only the first N images; 0 = all
 FLIP = False            # mirror images at random; not for digits
-EPOCHS = 50             # in total, also after a resume
-MAX_STEPS = 0           # in total, if that is sooner; 0 = no limit
+EPOCHS = 50             # stop after N epochs, those before a resume among them
+MAX_STEPS = 0           # stop after N steps, if that is sooner; 0 = no limit
 BATCH_SIZE = 128        # images in a step
 LR = 2e-4               # learning rate of both Adam optimizers
 BETA1 = 0.5             # Adam: decay of the average gradient
 BETA2 = 0.999           # Adam: decay of the average squared gradient
 CONDITIONAL = True      # give both networks the label
 LATENT = 100            # numbers in z, the noise that becomes an image
-WIDTH = 128             # units of the narrowest layer; the widest has 8 times as many
+WIDTH = 128             # units of the first layer of G; others have up to 8 times as many
 EMA = 0.999             # decay of the averaged G that samples come from; 0 = the latest G
 SEED = 0                # of initial weights, noise and the order of images
 DEVICE = "auto"         # cuda, mps or cpu; auto = the first of them that there is
@@ -55,7 +54,7 @@ LOG_EVERY = 50          # steps between two rows of the log
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = none
 FID = 0                 # after training, FID of N samples against N images; 0 = none
 RESUME = False          # go on from ckpt.pt in OUT_DIR
-SAMPLE = 0              # do not train, but write N images to OUT_DIR/generated
+SAMPLE = 0              # do not train; write N images to OUT_DIR/generated, in place of older ones
 LABEL = ""              # with --sample: classes in turn, e.g. 7 or 2,0,2,6; default: all in turn
 
 # ---- networks
@@ -107,12 +106,12 @@ class Discriminator(nn.Module):
 
 
 def loss_d(real_logit, fake_logit):
-    """D maximizes log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
+    """Minus what D maximizes: log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
     return softplus(-real_logit).mean() + softplus(fake_logit).mean()
 
 
 def loss_g(fake_logit):
-    """G maximizes log D(G(z)), which keeps its gradient where D is sure (section 3)."""
+    """-log D(G(z)), whose gradient does not vanish where D is sure (section 3)."""
     return softplus(-fake_logit).mean()
 
 
@@ -120,7 +119,7 @@ def loss_g(fake_logit):
 
 
 def main(settings, ckpt):
-    """settings: the constants by name; ckpt: what --resume or --sample starts from, or None."""
+    """settings: the constants, for the checkpoint; ckpt: what a run starts from, or None."""
     import data  # here, so that the networks above can be imported with torch alone
 
     out = Path(OUT_DIR)
@@ -150,7 +149,7 @@ def main(settings, ckpt):
         if FID and not SAMPLE:
             import fid
 
-            inception = fid.Inception().to(device)
+            inception = fid.Inception().to(device)  # now, and not after training: it may fail
         torch.manual_seed(SEED)
         G = Generator(shape, classes, LATENT, WIDTH).to(device)
         D = Discriminator(shape, classes, WIDTH).to(device)
@@ -167,6 +166,7 @@ def main(settings, ckpt):
     def generate(count):
         """Yield uint8 batches of samples 0, 1, ... count - 1; (SEED, i) alone decides batch i."""
         for i in range(math.ceil(count / 64)):
+            # seeds count down from the end of SEED's range; those of steps count up
             generator = torch.Generator().manual_seed((SEED + 1) * 10**7 - 1 - i)
             z = torch.randn(64, LATENT, generator=generator).to(device)
             y = None
@@ -184,7 +184,7 @@ def main(settings, ckpt):
         print(f"wrote {SAMPLE} images to {out / 'generated'}")
         return
 
-    # running averages of both losses, D(x) and D(G(z)): they stay on the device until a log row
+    # running averages of loss_D, loss_G, D(x) and D(G(z)), on the device until a row of the log
     average = torch.zeros(4, device=device)
     step, rows = 0, []
     if ckpt:
@@ -198,12 +198,12 @@ def main(settings, ckpt):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     total = min(EPOCHS * len(get_batch), MAX_STEPS or math.inf)
     done = step >= total
-    stop = data.catch_signals()
+    stop = data.catch_signals()  # a list, empty until Ctrl-C
     saved_at = time.time()
 
     while not done:
         x, y = get_batch(step)
-        torch.manual_seed(SEED * 10**7 + step)  # so that a step depends on (SEED, step) alone
+        torch.manual_seed(SEED * 10**7 + step)  # the noise of a step depends on (SEED, step) alone
 
         # D step: real and generated images have the same labels
         with autocast:
@@ -232,7 +232,7 @@ def main(settings, ckpt):
             step += 1
             p_real, p_fake = real_logit.sigmoid(), fake_logit.sigmoid()
             values = torch.stack([d, g, p_real.mean(), p_fake.mean()])
-            average.lerp_(values, max(0.05, 1 / step))
+            average.lerp_(values, max(0.05, 1 / step))  # over about 20 steps
 
         done = step >= total or bool(stop)
         epoch = math.ceil(step / len(get_batch))
@@ -243,10 +243,10 @@ def main(settings, ckpt):
             tensors = [average, *G.parameters(), *D.parameters()]
             if not all(tensor.isfinite().all() for tensor in tensors):
                 sys.exit(f"error: training diverged by step {step}: try a lower --lr "
-                         f"(an earlier checkpoint in {out} is still good)")
+                         f"(an earlier checkpoint in {out} stays as it was)")
         if log_now:
             values = average.tolist()
-            note = "  D wins: see README" * (values[2] > 0.98 and values[3] < 0.02)
+            note = "  D wins: see README" if values[2] > 0.98 and values[3] < 0.02 else ""
             log.write(step, total, epoch, len(x), values, note)
         if save_now:
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -255,7 +255,7 @@ def main(settings, ckpt):
             torch.save(state, out / "ckpt.pt.tmp")
             os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
             saved_at = time.time()
-        if SAMPLE_EVERY and not stop and (done or epoch_ends and epoch % SAMPLE_EVERY == 0):
+        if SAMPLE_EVERY and not stop and (done or (epoch_ends and epoch % SAMPLE_EVERY == 0)):
             picture = f"epoch_{epoch:04}.png"
             grid = torch.cat(list(generate(10 * columns)))
             data.save_grid(grid, out / "samples" / picture, columns)
@@ -294,7 +294,7 @@ def parse_flags(argv=None):
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         flag = f"--{name.lower()}"
-        spellings = {flag: None, flag.replace("_", "-"): None}
+        spellings = {flag: None, flag.replace("_", "-"): None}  # a dict has no doubles
         parser.add_argument(*spellings, dest=name, **kind,
                             help=f"{comments[name]} (default: {default})")
     flags = vars(parser.parse_args(argv))
@@ -319,7 +319,7 @@ def parse_flags(argv=None):
     except Exception as error:  # torch raises nearly anything on a damaged file
         parser.error(f"{path} is not a checkpoint of this script: {error!r}")
     local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL".split()
-    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})
+    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})  # as in the run
     settings.update(flags)
     return settings, ckpt
 

@@ -122,11 +122,11 @@ def load_files(path, name, size, data_dir):
     """The images of a folder, searched recursively, or of a .zip. Class sub-folders are labels."""
     names, open_file = list_files(path)
     cache = data_dir / f"{name}{size}-{fingerprint(path, names)}.npy"
-    grey = not cache.exists() and all(is_grey(open_file, name) for name in names)
+    grey = not cache.exists() and all(is_grey(open_file, file) for file in names)
 
-    def decode(name):
+    def decode(file):
         try:
-            image = read_image(open_file(name), "L" if grey else "RGB", size)
+            image = read_image(open_file(file), "L" if grey else "RGB", size)
         except Exception:  # a damaged file makes Pillow raise nearly anything
             return None
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -145,7 +145,7 @@ def list_files(path):
         return sorted(names), lambda name: path / name
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is not a folder, a whole .zip, a .npy or a .npz") from error
     names = [name for name in archive.namelist() if name[-1] != "/"]  # not of folders
     names = [name for name in names if "/." not in "/" + name]
@@ -154,7 +154,7 @@ def list_files(path):
 
 def fingerprint(path, names):
     """Eight characters that change when a file changes its name, size or time."""
-    states = [path.resolve()]
+    path, states = path.resolve(), []
     for file in [path / name for name in names] if path.is_dir() else [path]:
         stat = file.stat()
         states += [file, stat.st_size, stat.st_mtime_ns]
@@ -175,7 +175,7 @@ def read_image(file, mode="RGB", size=None):
 def is_grey(open_file, name):
     """Whether an image file has no colour, or cannot be read."""
     try:
-        return Image.open(open_file(name)).mode in ("1", "L", "LA")
+        return Image.open(open_file(name)).mode in ("1", "L", "LA", "I", "I;16", "F")
     except Exception:  # read_image() will raise it again
         return True
 
@@ -194,7 +194,7 @@ def read_array(path):
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
         array = array if isinstance(array, np.ndarray) else array["arr_0"]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes NumPy raise nearly anything
         raise ValueError(f"{path} is not a readable array: {error}") from error
     array = array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.shape[3:] not in ((1,), (3,)) or not array.size:
@@ -224,9 +224,9 @@ def load_mnist(data_dir):
 
     try:
         digits = MNIST(str(data_dir), download=True)
-    except (RuntimeError, ValueError, AssertionError) as error:  # no network, or damaged files
-        raise OSError(f"cannot get MNIST ({error}): put its four files into "
-                      f"{data_dir / 'MNIST' / 'raw'}, or try --data toy-digits") from error
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # offline, or damaged
+        raise OSError(f"cannot get MNIST: put its four files into {data_dir / 'MNIST' / 'raw'}, or "
+                      "try --data toy-digits") from error
     return digits.data.numpy()[..., None], digits.targets.numpy()
 
 
@@ -314,10 +314,9 @@ class Batches:
     def __call__(self, step):
         epoch, i = divmod(step, len(self))
         if epoch != self.epoch:
-            there = self.rows.device
-            generator = torch.Generator(there).manual_seed(self.seed * 10**7 + epoch)
-            self.order = torch.randperm(len(self.rows), generator=generator, device=there)
-            self.epoch = epoch
+            generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)  # not on the GPU
+            order = torch.randperm(len(self.rows), generator=generator)
+            self.order, self.epoch = order.to(self.rows.device), epoch
         chosen = self.order[i * self.size:(i + 1) * self.size]
         x = self.to_device(self.rows.index_select(0, chosen))
         y = None
@@ -325,7 +324,7 @@ class Batches:
             y = self.to_device(self.labels[chosen])
         x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.flip:
-            half = (len(x) + step % 2) // 2  # the order is random, so any half will do
+            half = (len(x) + step % 2) // 2  # in turn more and less than half, if len(x) is odd
             x[:half] = x[:half].flip(3)
         return x.contiguous(memory_format=self.memory_format), y
 
@@ -412,16 +411,16 @@ class Log:
     def __init__(self, path, names, step=0, rows=()):
         self.path, self.names, self.rows = path, names, list(rows)
         self.columns = ["step", "epoch", "seconds", "images_per_s", *names]
-        self.last_step, self.last_time = step, time.time()
+        self.last_step, self.last_time = step, time.perf_counter()
         self.seconds = rows[-1][2] if rows else 0.0  # not counting the time between two sittings
 
     def write(self, step, total, epoch, batch_size, values, note=""):
-        passed = time.time() - self.last_time
+        passed = time.perf_counter() - self.last_time
         rate = (step - self.last_step) * batch_size / passed
         self.seconds += passed
-        self.last_step, self.last_time = step, time.time()
+        self.last_step, self.last_time = step, time.perf_counter()
         values = [round(value, 6) for value in values]
-        self.rows.append([step, epoch, round(self.seconds, 1), round(rate, 1), *values])
+        self.rows.append([step, epoch, round(self.seconds, 1), round(rate, 2), *values])
         with replacing(self.path) as tmp:
             with open(tmp, "w", newline="") as file:
                 csv.writer(file).writerows([self.columns, *self.rows])
@@ -446,8 +445,9 @@ def restore(parts, ckpt):
         if isinstance(opt, torch.optim.Optimizer):
             opt.param_groups[0].update(opt.defaults)
             for weight, state in opt.state.items():
-                for key in state.keys() - {"step"}:  # fused Adam needs them laid out as the weight
-                    state[key] = torch.empty_like(weight).copy_(state[key])
+                for key, value in state.items():  # fused Adam needs them laid out as the weight
+                    if value.shape == weight.shape:
+                        state[key] = torch.empty_like(weight).copy_(value)
 
 
 def catch_signals():

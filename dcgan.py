@@ -1,15 +1,14 @@
 """DCGAN: images from noise (Radford, Metz & Chintala 2015, https://arxiv.org/abs/1511.06434).
 
-Two convolutional networks are trained against each other: the discriminator D to tell images of a
-data set from generated ones, the generator G to turn random numbers into images that D takes for
-real.
+Two convolutional networks compete: the discriminator D learns to tell images of a data set from
+generated ones, the generator G to turn random numbers into images that D takes for real.
 
     python dcgan.py                               # CelebA at 64 px, into out/dcgan
     python dcgan.py --data path/to/photos         # your own: a folder, .zip, .npy or .npz
     python dcgan.py --resume --epochs 50          # go on from out/dcgan/ckpt.pt
     python dcgan.py --sample 1000                 # write images to out/dcgan/generated
 
-To train on a tensor of your own, write images = tensor, uint8 (N, C, H, W), in main().
+To train on your own tensor, replace data.load(...) in main() by tensor, None: uint8 (N, C, H, W).
 """
 import argparse
 import copy
@@ -33,8 +32,8 @@ OUT_DIR = "out/dcgan"   # where the run writes
 IMAGE_SIZE = 64         # pixels a side: 16, 32, 64, 128 or 256
 LIMIT = 0               # only the first N images; 0 = all
 FLIP = True             # mirror images at random; for digits, use --no-flip
-EPOCHS = 25             # in total, also after a resume
-MAX_STEPS = 0           # in total, if that is sooner; 0 = no limit
+EPOCHS = 25             # stop after N epochs, those before a resume among them
+MAX_STEPS = 0           # stop after N steps, if that is sooner; 0 = no limit
 BATCH_SIZE = 128        # images in a step
 LR = 2e-4               # learning rate of both Adam optimizers
 BETA1 = 0.5             # Adam: decay of the average gradient
@@ -50,9 +49,9 @@ LOG_EVERY = 50          # steps between two rows of the log
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = none
 FID = 0                 # after training, FID of N samples against N images; 0 = none
 RESUME = False          # go on from ckpt.pt in OUT_DIR
-SAMPLE = 0              # do not train, but write N images to OUT_DIR/generated
+SAMPLE = 0              # do not train; write N images to OUT_DIR/generated, in place of older ones
 
-# ---- networks: every layer halves or doubles height and width (section 3 and figure 1)
+# ---- networks: layers halve or double height and width (section 3 and figure 1)
 
 
 def layer_channels(image_size, width):
@@ -107,11 +106,11 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        return self.layers(x).flatten()
+        return self.layers(x).view(len(x))
 
 
 def init_weights(layer):
-    """N(0, 0.02) for convolutions (section 4), N(1, 0.02) for the scales of BatchNorm."""
+    """Standard deviation 0.02: around 0 for convolutions (section 4), 1 for BatchNorm's scales."""
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(layer.weight, 0.0, 0.02)
     elif isinstance(layer, nn.BatchNorm2d):
@@ -123,12 +122,12 @@ def init_weights(layer):
 
 
 def loss_d(real_logit, fake_logit):
-    """D maximizes log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
+    """Minus what D maximizes: log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
     return softplus(-real_logit).mean() + softplus(fake_logit).mean()
 
 
 def loss_g(fake_logit):
-    """G maximizes log D(G(z)), which keeps its gradient where D is sure (section 3)."""
+    """-log D(G(z)), whose gradient does not vanish where D is sure (section 3)."""
     return softplus(-fake_logit).mean()
 
 
@@ -136,7 +135,7 @@ def loss_g(fake_logit):
 
 
 def main(settings, ckpt):
-    """settings: the constants by name; ckpt: what --resume or --sample starts from, or None."""
+    """settings: the constants, for the checkpoint; ckpt: what a run starts from, or None."""
     import data  # here, so that the networks above can be imported with torch alone
 
     out = Path(OUT_DIR)
@@ -155,7 +154,7 @@ def main(settings, ckpt):
         if FID and not SAMPLE:
             import fid
 
-            inception = fid.Inception().to(device)
+            inception = fid.Inception().to(device)  # now, and not after training: it may fail
         torch.manual_seed(SEED)
         G = Generator(IMAGE_SIZE, shape[0], LATENT, WIDTH).to(device, memory_format=layout)
         D = Discriminator(IMAGE_SIZE, shape[0], WIDTH).to(device, memory_format=layout)
@@ -172,6 +171,7 @@ def main(settings, ckpt):
     def generate(count):
         """Yield uint8 batches of samples 0, 1, ... count - 1; (SEED, i) alone decides batch i."""
         for i in range(math.ceil(count / 64)):
+            # seeds count down from the end of SEED's range; those of steps count up
             generator = torch.Generator().manual_seed((SEED + 1) * 10**7 - 1 - i)
             z = torch.randn(64, LATENT, generator=generator).to(device)
             yield data.to_uint8(ema(z))[:count - 64 * i]
@@ -185,7 +185,7 @@ def main(settings, ckpt):
         print(f"wrote {SAMPLE} images to {out / 'generated'}")
         return
 
-    # running averages of both losses, D(x) and D(G(z)): they stay on the device until a log row
+    # running averages of loss_D, loss_G, D(x) and D(G(z)), on the device until a row of the log
     average = torch.zeros(4, device=device)
     step, rows = 0, []
     if ckpt:
@@ -199,12 +199,12 @@ def main(settings, ckpt):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
     total = min(EPOCHS * len(get_batch), MAX_STEPS or math.inf)
     done = step >= total
-    stop = data.catch_signals()
+    stop = data.catch_signals()  # a list, empty until Ctrl-C
     saved_at = time.time()
 
     while not done:
         x, _ = get_batch(step)
-        torch.manual_seed(SEED * 10**7 + step)  # so that a step depends on (SEED, step) alone
+        torch.manual_seed(SEED * 10**7 + step)  # the noise of a step depends on (SEED, step) alone
 
         # D step
         with autocast:
@@ -233,7 +233,7 @@ def main(settings, ckpt):
             step += 1
             p_real, p_fake = real_logit.sigmoid(), fake_logit.sigmoid()
             values = torch.stack([d, g, p_real.mean(), p_fake.mean()])
-            average.lerp_(values, max(0.05, 1 / step))
+            average.lerp_(values, max(0.05, 1 / step))  # over about 20 steps
 
         done = step >= total or bool(stop)
         epoch = math.ceil(step / len(get_batch))
@@ -244,10 +244,10 @@ def main(settings, ckpt):
             tensors = [average, *G.parameters(), *D.parameters()]
             if not all(tensor.isfinite().all() for tensor in tensors):
                 sys.exit(f"error: training diverged by step {step}: try a lower --lr "
-                         f"(an earlier checkpoint in {out} is still good)")
+                         f"(an earlier checkpoint in {out} stays as it was)")
         if log_now:
             values = average.tolist()
-            note = "  D wins: see README" * (values[2] > 0.98 and values[3] < 0.02)
+            note = "  D wins: see README" if values[2] > 0.98 and values[3] < 0.02 else ""
             log.write(step, total, epoch, len(x), values, note)
         if save_now:
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -256,7 +256,7 @@ def main(settings, ckpt):
             torch.save(state, out / "ckpt.pt.tmp")
             os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
             saved_at = time.time()
-        if SAMPLE_EVERY and not stop and (done or epoch_ends and epoch % SAMPLE_EVERY == 0):
+        if SAMPLE_EVERY and not stop and (done or (epoch_ends and epoch % SAMPLE_EVERY == 0)):
             picture = f"epoch_{epoch:04}.png"
             data.save_grid(torch.cat(list(generate(64))), out / "samples" / picture)
             data.save_gif(out / "samples", out / "samples.gif")
@@ -294,7 +294,7 @@ def parse_flags(argv=None):
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         flag = f"--{name.lower()}"
-        spellings = {flag: None, flag.replace("_", "-"): None}
+        spellings = {flag: None, flag.replace("_", "-"): None}  # a dict has no doubles
         parser.add_argument(*spellings, dest=name, **kind,
                             help=f"{comments[name]} (default: {default})")
     flags = vars(parser.parse_args(argv))
@@ -319,7 +319,7 @@ def parse_flags(argv=None):
     except Exception as error:  # torch raises nearly anything on a damaged file
         parser.error(f"{path} is not a checkpoint of this script: {error!r}")
     local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL".split()
-    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})
+    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})  # as in the run
     settings.update(flags)
     return settings, ckpt
 

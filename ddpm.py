@@ -1,8 +1,7 @@
 """DDPM: images from noise, step by step (Ho et al. 2020, https://arxiv.org/abs/2006.11239).
 
 T small steps turn an image into noise. A U-Net learns to predict the noise in a noisy image; with
-it, the steps are taken backwards, and noise becomes a new image. DDIM (Song et al. 2020,
-https://arxiv.org/abs/2010.02502) takes fewer and longer steps.
+it, noise becomes an image. DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) is faster.
 
     python ddpm.py                                               # MNIST, into out/ddpm
     python ddpm.py --data celeba --out_dir out/faces             # faces; needs a GPU
@@ -13,7 +12,7 @@ https://arxiv.org/abs/2010.02502) takes fewer and longer steps.
     python ddpm.py --init_from google/ddpm-cifar10-32 --sample 64 --out_dir out/cifar10
     torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces
 
-To train on a tensor of your own, write images = tensor, uint8 (N, C, H, W), in main().
+To train on your own tensor, replace data.load(...) in main() by tensor, None: uint8 (N, C, H, W).
 """
 import argparse
 import copy
@@ -38,8 +37,8 @@ OUT_DIR = "out/ddpm"    # where the run writes
 IMAGE_SIZE = 28         # pixels a side
 LIMIT = 0               # only the first N images; 0 = all
 FLIP = False            # mirror images at random; not for digits
-EPOCHS = 10             # in total, also after a resume
-MAX_STEPS = 0           # in total, if that is sooner; 0 = no limit
+EPOCHS = 10             # stop after N epochs, those before a resume among them
+MAX_STEPS = 0           # stop after N steps, if that is sooner; 0 = no limit
 BATCH_SIZE = 128        # images in a step, over all processes together
 LR = 1e-3               # Adam: learning rate after warm-up; it decays to 0 over all epochs
 BETA1 = 0.9             # Adam: decay of the average gradient
@@ -47,12 +46,12 @@ BETA2 = 0.999           # Adam: decay of the average squared gradient
 TIMESTEPS = 1000        # T, the number of steps from an image to noise
 SCHEDULE = "linear"     # how the noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
 CHANNELS = 32           # of the U-Net at full size
-MULTS = (1, 2, 4)       # channels of each level, as multiples of that; each level halves the size
+MULTS = (1, 2, 4)       # channels of each level, as multiples of CHANNELS; each has half the size
 BLOCKS = 1              # residual blocks in each level
 ATTENTION = (7,)        # image sizes whose levels have attention; the middle always has it
 DROPOUT = 0.0           # in residual blocks
 CONDITIONAL = False     # give the network the labels
-EMA = 0.999             # decay of the averaged weights that samples come from; 0 = the latest
+EMA = 0.999             # decay of the averaged weights that samples come from; 0 = no averaging
 SAMPLER = "ddpm"        # with --sample and --fid: ddpm or ddim
 SAMPLE_STEPS = 0        # take only N of the T steps, evenly spaced; 0 = all
 VARIANCE = "small"      # of a ddpm step: small (of the posterior) or large (beta)
@@ -66,10 +65,11 @@ LOG_EVERY = 50          # steps between two rows of the log
 SAMPLE_EVERY = 1        # epochs between two grids of samples, of 50 steps each; 0 = none
 FID = 0                 # after training, FID of N samples against N images; 0 = none
 RESUME = False          # go on from ckpt.pt in OUT_DIR
-SAMPLE = 0              # do not train, but write N images to OUT_DIR/generated
+SAMPLE = 0              # do not train; write N images to OUT_DIR/generated, in place of older ones
 LABEL = ""              # with --sample: classes in turn, e.g. 7 or 2,0,2,6; default: all in turn
 INIT_FROM = ""          # public weights: a hub repository, a folder like one, or diffusion.pt
 
+# EMA stays 0.999, an average over about 1,000 steps: samples are good after 10,000 training steps
 PRESETS = {
     "celeba": dict(IMAGE_SIZE=64, FLIP=True, EPOCHS=100, LR=2e-4, CHANNELS=64, MULTS=(1, 2, 3, 4),
                    BLOCKS=2, ATTENTION=(8, 16)),
@@ -90,7 +90,7 @@ def embed_time(t, channels, cos_first=False):
 
 
 def zero_init(layer):
-    """With weights of zero, a residual branch adds nothing at first."""
+    """With weights of zero, a residual branch adds nothing at first, and the output is zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the size, by a convolution of stride 2. margins: zeros left, right, above and below."""
+    """Half the size, by a convolution of stride 2. margins: of zeros, for F.pad. time: unused."""
 
     def __init__(self, channels, margins):
         super().__init__(channels, channels, 3, stride=2)
@@ -145,7 +145,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Twice the size: every pixel becomes 2x2 pixels, then a convolution."""
+    """Twice the size: every pixel becomes 2x2 pixels, then a convolution. time: unused."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, padding=1)
@@ -159,8 +159,8 @@ class UNet(nn.Module):
     channels, mults: level i has channels * mults[i] channels, at 1 / 2**i of the image's size
     blocks: residual blocks in each level on the way down; one more on the way up
     attention: for each level, whether its blocks have attention
-    groups, eps: of GroupNorm. It needs more than one channel in a group: else it removes the time
-        embedding, which is one number for each channel
+    groups, eps: of GroupNorm. With one channel in a group it would remove the time embedding, which
+        is one number for each channel
     classes: number of labels; the label `classes` stands for "no label"
     dlstudio: with the details in which the network of DLStudio's diffusion.pt differs"""
 
@@ -180,7 +180,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
                                   nn.Linear(time_dim, time_dim))
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        a, skips = channels, [channels]                                 # of what will be joined
+        a, skips = channels, [channels]         # channels: of the last layer, of all to be joined
         self.down = nn.ModuleList()
         for level, mult in enumerate(mults):
             for _ in range(blocks):
@@ -235,8 +235,8 @@ class UNet(nn.Module):
             if theirs:
                 compare_outputs(net, theirs)
         except Exception as error:  # diffusers and torch raise nearly anything on other networks
-            hint = "a hub repository or a folder needs `pip install diffusers`"
-            raise ValueError(f"--init_from {source}: {str(error)[:200]!r} ({hint})") from error
+            raise ValueError(f"--init_from {source} (for a hub repository or a folder, pip install "
+                             f"diffusers): {str(error)[:200]!r}") from error
         return net
 
 
@@ -287,14 +287,15 @@ def sample(net, x, alpha_bar, num_steps, sampler="ddpm", variance="small", eta=0
     net: a function of x_t and t, (B,) in 0 ... T - 1, that predicts eps
     sampler, variance, eta: see the flags above; noise(x) draws noise of the shape of x
     path: a list, if given, to which x_T, ..., x_0 are appended"""
-    times = torch.linspace(len(alpha_bar) - 1, 0, num_steps + 1, dtype=torch.float64).round().long()
+    times = torch.linspace(len(alpha_bar) - 1, 0, num_steps + 1, dtype=torch.float64)
+    times = times.round().long().tolist()
     a = alpha_bar.tolist()
     if path is not None:
         path.append(x)
-    for t, s in zip(times.tolist(), times[1:].tolist()):
+    for t, s in zip(times, times[1:]):
         eps = net(x, torch.full((len(x),), t - 1, device=x.device)).to(x.dtype)
         x_0 = (x - (1 - a[t])**0.5 * eps) / a[t]**0.5                  # eq. 15
-        x_0 = x_0.clamp(-1, 1)
+        x_0 = x_0.clamp(-1, 1)  # so that errors do not grow
         if sampler == "ddim":
             x, var = ddim_step(x, x_0, a[t], a[s], eta)
         else:
@@ -326,17 +327,18 @@ def guide(net, y, guidance):
 
 
 def main(settings, ckpt):
-    """settings: the constants by name; ckpt: what --resume or --sample starts from, or None."""
+    """settings: the constants, for the checkpoint; ckpt: what a run starts from, or None."""
     import data  # here, so that the network above can be imported with torch alone
 
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(OUT_DIR)
     if not ckpt and not SAMPLE and (out / "ckpt.pt").exists():
         sys.exit(f"error: {out} holds a run: give --resume to go on, or another --out_dir")
     try:  # what can fail because of a flag or a file
-        if SAMPLE_STEPS > TIMESTEPS or ETA > 1 or LABEL and not SAMPLE:
-            raise ValueError("--sample_steps, --eta or --label: too large, or not for training")
+        if SAMPLE_STEPS > TIMESTEPS or ETA > 1 or CHANNELS % 2:
+            raise ValueError(f"give --sample_steps <= {TIMESTEPS}, --eta <= 1, an even --channels")
+        if LABEL and not SAMPLE:
+            raise ValueError("--label goes with --sample")
         device, bfloat16, compiled = data.pick_device(DEVICE, DTYPE, COMPILE)
         # channels last is faster, but not for GroupNorm in bfloat16 on the CPU, and wrong on MPS
         contiguous = device.type == "mps" or device.type == "cpu" and bfloat16
@@ -347,23 +349,21 @@ def main(settings, ckpt):
             distributed.init_process_group(backend, timeout=datetime.timedelta(hours=6))
         if not SAMPLE:
             if rank > 0:
-                distributed.barrier()  # until the first process has prepared the data
+                distributed.barrier()  # waits for the first process, which prepares the data
             images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
             if rank == 0 and world > 1:
-                distributed.barrier()
+                distributed.barrier()  # lets the others go on
             if CONDITIONAL and labels is None:
                 raise ValueError(f"{DATA} has no labels: leave out --conditional")
             if BATCH_SIZE % world or len(images) < world:
-                raise ValueError(f"--batch_size must be a multiple of {world}, the processes")
-            share = slice(rank, len(images) // world * world, world)
-            images = images[share]
-            labels = labels[share] if CONDITIONAL else None
-            get_batch = data.Batches(images, labels, BATCH_SIZE // world, SEED, FLIP, device,
-                                     layout)
+                raise ValueError(f"--batch_size must be a multiple of {world} processes")
+            share = slice(rank, len(images) // world * world, world)  # shares of one size
+            get_batch = data.Batches(images[share], labels[share] if CONDITIONAL else None,
+                                     BATCH_SIZE // world, SEED, FLIP, device, layout)
         if FID and not SAMPLE and rank == 0:
             import fid
 
-            inception = fid.Inception().to(device)
+            inception = fid.Inception().to(device)  # now, and not after training: it may fail
         torch.manual_seed(SEED)
         if ckpt:
             net = UNet(**{**ckpt["args"], "dropout": DROPOUT})
@@ -376,7 +376,7 @@ def main(settings, ckpt):
                 mults=MULTS,
                 blocks=BLOCKS,
                 attention=[IMAGE_SIZE // 2**level in ATTENTION for level in range(len(MULTS))],
-                groups=min(8, CHANNELS // 4),  # at least four channels in each
+                groups=math.gcd(CHANNELS // 4, 8),  # up to 8, of four channels or more
                 dropout=DROPOUT,
                 classes=int(labels.max()) + 1 if CONDITIONAL else 0,
             )
@@ -384,8 +384,7 @@ def main(settings, ckpt):
         classes = net.args["classes"]
         multiple = 2 ** (len(net.args["mults"]) - 1)
         if IMAGE_SIZE % multiple or not SAMPLE and images.shape[1] != shape[0]:
-            raise ValueError(f"the network takes {shape[0]} channels and an --image_size that is a "
-                             f"multiple of {multiple}")
+            raise ValueError(f"images need {shape[0]} channels and a multiple of {multiple} pixels")
         known = [str(label) for label in range(classes)]
         asked = LABEL.split(",") if LABEL else known
         if not set(asked) <= set(known) or GUIDANCE != 1 and not classes:
@@ -404,9 +403,9 @@ def main(settings, ckpt):
     columns = len(asked) if len(asked) > 1 else 8  # of a grid: a class in each column
 
     def draw(i, path=None, **how):
-        """Batch i of samples, uint8. (SEED, i, batch_size) alone decides it."""
+        """Batch i of samples, uint8. (SEED, i, batch_size) alone decides its noise."""
         generator = torch.Generator(device).manual_seed((SEED + 1) * 10**7 - 1 - i)
-        x = torch.empty(batch_size, *shape, device=device).contiguous(memory_format=layout)
+        x = torch.empty(batch_size, *shape, device=device, memory_format=layout)
         x.normal_(generator=generator)
         y = None
         if classes:
@@ -423,7 +422,7 @@ def main(settings, ckpt):
             yield draw(i, **how)[:count - batch_size * i]
 
     chosen = dict(num_steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
-    if compiled and max(SAMPLE, FID) >= 1000:  # else compiling takes longer than it saves
+    if compiled and SAMPLE + FID >= 1000:  # else compiling takes longer than it saves
         ema.compile()
     if SAMPLE:
         if rank == 0:
@@ -433,7 +432,7 @@ def main(settings, ckpt):
         for i in range(rank, math.ceil(SAMPLE / batch_size), world):
             batch = draw(i, **chosen)[:SAMPLE - batch_size * i]
             data.save_images(batch, out / "generated", first=batch_size * i)
-            print(f"wrote images {batch_size * i} to {batch_size * i + len(batch) - 1}", flush=True)
+            print(f"wrote images {batch_size * i} to {batch_size * i + len(batch) - 1}")
             if i == 0:
                 data.save_grid(batch, out / "generated.png", columns)
         return
@@ -443,8 +442,7 @@ def main(settings, ckpt):
     step, rows = 0, []
     if ckpt:
         average.copy_(ckpt["average"])
-        step = ckpt["step"]
-        rows = ckpt["log"]
+        step, rows = ckpt["step"], ckpt["log"]
     names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
     log = data.Log(out / "log.csv", names, step, rows)
     if compiled:
@@ -454,12 +452,12 @@ def main(settings, ckpt):
     decay_steps = EPOCHS * len(get_batch)
     total = min(decay_steps, MAX_STEPS or math.inf)
     done = step >= total
-    stop = [] if world > 1 else data.catch_signals()  # torchrun has handlers of its own
+    stop = [] if world > 1 else data.catch_signals()  # torchrun ends its processes itself
     saved_at = time.time()
 
     while not done:
         x_0, y = get_batch(step)
-        # so that a step depends on (SEED, step) alone; each process draws noise of its own
+        # (SEED, step) alone decides the noise of a step; under torchrun, (SEED, step, rank)
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
         if classes:  # "no label" for a tenth of the images, for classifier-free guidance
             y = torch.where(torch.rand(len(y), device=device) < 0.1, classes, y)
@@ -495,7 +493,7 @@ def main(settings, ckpt):
         if log_now or save_now:  # only here does the loop wait for the GPU
             if not all(tensor.isfinite().all() for tensor in [average, *net.parameters()]):
                 sys.exit(f"error: training diverged by step {step}: try a lower --lr "
-                         f"(an earlier checkpoint in {out} is still good)")
+                         f"(an earlier checkpoint in {out} stays as it was)")
         if log_now:
             sums, counts = average.cpu()
             loss = sums.sum() / counts.sum()
@@ -508,9 +506,9 @@ def main(settings, ckpt):
             torch.save(state, out / "ckpt.pt.tmp")
             os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
             saved_at = time.time()
-        if SAMPLE_EVERY and not stop and (done or epoch_ends and epoch % SAMPLE_EVERY == 0):
+        if SAMPLE_EVERY and not stop and (done or (epoch_ends and epoch % SAMPLE_EVERY == 0)):
             # DDIM with eta = 1: with eta = 0, the errors of a young network add up
-            path, num_steps = [], min(50, TIMESTEPS)
+            path, num_steps = [], min(50, TIMESTEPS)  # path: the first batch comes first in it
             count = 10 * columns if classes else 64
             batches = generate(count, num_steps=num_steps, sampler="ddim", eta=1.0, path=path)
             picture = out / "samples" / f"epoch_{epoch:04}.png"
@@ -638,7 +636,7 @@ def parse_flags(argv=None):
         elif isinstance(default, tuple):
             kind = dict(type=int, nargs="+")
         flag = f"--{name.lower()}"
-        spellings = {flag: None, flag.replace("_", "-"): None}
+        spellings = {flag: None, flag.replace("_", "-"): None}  # a dict has no doubles
         parser.add_argument(*spellings, dest=name, **kind,
                             help=f"{comments[name]} (default: {default})")
     flags = vars(parser.parse_args(argv))
@@ -676,6 +674,7 @@ def parse_flags(argv=None):
     for name in "TIMESTEPS SCHEDULE CHANNELS MULTS BLOCKS ATTENTION CONDITIONAL".split():
         if name in flags and flags[name] != saved.get(name):
             parser.error(f"--{name.lower()} cannot be changed: leave it out")
+    # what does not come from the checkpoint
     local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL INIT_FROM"
     settings.update({k: v for k, v in saved.items() if k not in local.split()})
     settings.update(flags)

@@ -18,7 +18,6 @@ statistics (mu and sigma), celeba or mnist. As a library:
 import argparse
 import math
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -222,7 +221,7 @@ def open_input(name, args):
             with np.load(path, allow_pickle=False) as file:
                 if {"mu", "sigma"} <= set(file.files):
                     return (file["mu"], file["sigma"]), None, math.inf
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file makes NumPy raise nearly anything
             raise ValueError(f"{path} is not a readable .npz: {error}") from error
     names = None
     if name in ("celeba", "mnist"):  # as data.py crops and resizes it for training
@@ -230,7 +229,7 @@ def open_input(name, args):
         images, _ = data.load(name, size, args.data_dir)
     elif not path.exists():
         raise ValueError(f"there is no input {name}")
-    elif path.suffix in (".npy", ".npz"):
+    elif path.suffix.lower() in (".npy", ".npz"):
         images = torch.from_numpy(data.read_array(path)).permute(0, 3, 1, 2)
     else:
         names, open_file = data.list_files(path)
@@ -313,7 +312,7 @@ def main(argv=None):
             results.append(result)
         if args.save:
             mu, sigma = results[0]
-            with data.replacing(Path(args.save).with_suffix(".npz")) as tmp:
+            with data.replacing(Path(args.save.removesuffix(".npz") + ".npz")) as tmp:
                 np.savez(tmp, mu=mu, sigma=sigma)
             return
         distance = frechet_distance(*results[0], *results[1])
