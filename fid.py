@@ -267,7 +267,7 @@ def read_files(names, open_file, batch_size):
                 yield torch.cat(images)
             elif images:
                 yield images
-    data.report_skipped(skipped, len(names))
+    data.report_skipped(sorted(skipped), len(names))
 
 
 def show_progress(batches, name, total):

@@ -9,6 +9,7 @@ ours is faster. Theirs is what tutorials do: float32, eager mode, BCELoss on a s
 each step, ImageFolder and DataLoader.
 """
 import argparse
+import math
 import os
 import subprocess
 import sys
