@@ -4,9 +4,8 @@
     get_batch = Batches(images, labels, 128)
     x, y = get_batch(step=0)                   # float (128, 3, 64, 64) in [-1, 1]; None
 
-A set is decoded once into a uint8 array (N, H, W, C) under data_dir, and memory-mapped from then
-on: no worker processes are needed, and memory does not grow with the set. On a user's mistake,
-functions raise ValueError or OSError with a message that says what to do."""
+A set is decoded once into a uint8 array (N, H, W, C) under data_dir and memory-mapped: no worker
+processes, and memory does not grow with the set. Mistakes of users raise ValueError or OSError."""
 import csv
 import glob
 import hashlib
@@ -14,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -147,17 +147,16 @@ def list_files(path):
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is not a folder, a whole .zip, a .npy or a .npz") from error
-    names = [name for name in archive.namelist() if name[-1] != "/"]  # not of folders
-    names = [name for name in names if "/." not in "/" + name]
+    names = [name for name in archive.namelist() if not re.search(r"/$|^\.|/\.", name)]
     return sorted(names), lambda name: io.BytesIO(archive.read(name))
 
 
 def fingerprint(path, names):
     """Eight characters that change when a file changes its name, size or time."""
-    path, states = path.resolve(), []
+    states = [path.resolve(), *names]
     for file in [path / name for name in names] if path.is_dir() else [path]:
         stat = file.stat()
-        states += [file, stat.st_size, stat.st_mtime_ns]
+        states += [stat.st_size, stat.st_mtime_ns]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:8]
 
 
@@ -257,32 +256,33 @@ def draw_digit(number, size):
 def draw_face(number, size):
     """A cartoon face of random shape and colours: uint8 (size, size, 3)."""
     rng = np.random.default_rng(number)
-    wall, shirt = (f"hsl({hue}, 50%, 50%)" for hue in rng.integers(0, 360, 2))
-    light = rng.integers(40, 80)
-    skin, shade = f"hsl(25, 45%, {light}%)", f"hsl(25, 35%, {light - 8}%)"
-    hair = f"hsl(35, 45%, {rng.integers(8, 70)}%)"
-    w = rng.uniform(0.22, 0.27)
+    hue, dull, light, tone = rng.integers((0, 20, 25, 35), (360, 70, 75, 80))
+    wall = f"hsl({hue}, {dull}%, {light}%)"
+    shirt = f"hsl({360 - hue}, {dull}%, {90 - light}%)"
+    skin = f"hsl(25, {dull}%, {tone}%)"
+    hair = f"hsl(35, {dull}%, {100 - light}%)"
+    w = rng.uniform(0.2, 0.28)
     h = rng.uniform(0.29, 0.35)
-    eye = rng.uniform(0.035, 0.055)
     gap = rng.uniform(0.09, 0.12)
     long = rng.uniform(0, 0.4)
     ellipses = [  # x, y, radius in x and y, colour; (0, 0) is the middle, 1 the picture's side
-        (0, 0.62, 0.42, 0.25, shirt),
+        (0, 0.58, 0.42, 0.28, shirt),
         (0, long, w + 0.07, h * 0.8, hair),
         (0, -0.05, w + 0.06, h + 0.06, hair),
-        (0, h, 0.1, 0.14, shade),  # neck
         (0, 0, w, h, skin),
-        (0, h * 0.5, eye * 2, gap * 0.3, "brown"),
+        (0, 0.16, 0.09, 0.03, "brown"),
     ]
     for x in (-gap, gap):
-        ellipses.append((x, -0.05, eye * 1.3, eye, "white"))
-        ellipses.append((x, -0.05, eye * 0.6, eye * 0.7, "navy"))
+        ellipses.append((x, -0.05, 0.06, 0.045, "white"))
+        ellipses.append((x, -0.05, 0.03, 0.03, "navy"))
     image = Image.new("RGB", (4 * size, 4 * size), wall)
     pen = ImageDraw.Draw(image)
     for x, y, rx, ry, colour in ellipses:
         box = np.array((x - rx, y - ry, x + rx, y + ry)) + 0.5
         pen.ellipse((4 * size * box).tolist(), colour)
-    return np.asarray(image.reduce(4))  # drawn at four times the size, for smooth edges
+    pixels = np.asarray(image.reduce(4))  # drawn at four times the size, for smooth edges
+    shadow = np.linspace(*rng.uniform(0.6, 1.2, 2), size)[:, None]
+    return (pixels * shadow).clip(0, 255).astype(np.uint8)
 
 
 # ---- batches
@@ -384,7 +384,7 @@ def save_plot(path, yscale="linear", **panels):
     except ImportError:
         warnings.warn("no plots are drawn: matplotlib is not installed")  # shown once
         return
-    figure = Figure(figsize=(5 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(5 * len(panels), 3.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items()):
         for label, (x, y) in curves.items():

@@ -6,8 +6,7 @@
 
 Ours and theirs take turns. A row shows both medians, and the ratio, its median and range: above 1,
 ours is faster. Theirs is what tutorials do: float32, eager mode, BCELoss on a sigmoid, .item() in
-each step, ImageFolder and DataLoader.
-"""
+each step, ImageFolder and DataLoader."""
 import argparse
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
+from torchvision import datasets, models, transforms
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
@@ -35,10 +34,8 @@ import data  # noqa: E402
 import dcgan  # noqa: E402
 import ddpm  # noqa: E402
 
-PEERS = ("denoising_diffusion_pytorch", "diffusers", "pytorch_fid")
 DEVICE, BFLOAT16, COMPILED = data.pick_device(compiled=True)
 CUDA = DEVICE.type == "cuda"
-
 TURNS = 5
 COUNT = 10_000                  # faces in an array, and digits
 FILES = 4000                    # faces as JPEG files
@@ -64,9 +61,9 @@ def prepare():
     os.makedirs("data/MNIST/raw")
     for name, array in (("images-idx3", digits[:, 0]), ("labels-idx1", labels)):
         header = np.array([2048 + array.ndim, *array.shape], ">i4").tobytes()
-        content = header + array.byte().numpy().tobytes()
         for part in ("train", "t10k"):
-            Path(f"data/MNIST/raw/{part}-{name}-ubyte").write_bytes(content)
+            file = Path(f"data/MNIST/raw/{part}-{name}-ubyte")
+            file.write_bytes(header + array.byte().numpy().tobytes())
 
 
 def rate(number, work):
@@ -76,10 +73,6 @@ def rate(number, work):
     if CUDA:
         torch.cuda.synchronize()
     return number / (time.perf_counter() - began)
-
-
-def loader_rate(loader):
-    return rate(len(loader) * BATCH, lambda: [len(x.to(DEVICE)) for x, _ in loader])
 
 
 def loop_rate(loop, steps, batch_size):
@@ -93,28 +86,14 @@ def main_rate(script, steps, **changes):
     if COMPILED:
         torch.compiler.reset()  # it compiles only so many networks in a process
     with tempfile.TemporaryDirectory() as out:
-        settings, ckpt = script.parse_flags(["--out_dir", out, "--sample_every", "0"])
+        settings, _ = script.parse_flags(["--out_dir", out, "--sample_every", "0"])
         settings.update(changes, EPOCHS=10**6, MAX_STEPS=3 * steps, LOG_EVERY=steps)
         with mock.patch.multiple(script, **settings):
-            script.main(settings, ckpt)
-        log = np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True)
-    return log["images_per_s"][-1]
+            script.main(settings, None)
+        return np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True)["images_per_s"][-1]
 
 
-def start_seconds(*command):
-    """Seconds until a Python program prints its first line."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    passed = time.perf_counter() - began
-    assert process.wait() == 0, command
-    return passed
-
-
-# ---- theirs
-
-
-def make_loader(source, workers=2):
+def make_loader(source, workers):
     """The data loader of the tutorials: of MNIST, or of a folder of faces."""
     steps = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
     if source == "mnist":
@@ -125,13 +104,12 @@ def make_loader(source, workers=2):
     return DataLoader(images, BATCH, shuffle=True, num_workers=workers, drop_last=True)
 
 
-def plain_gan(script, loader):
+def plain_gan(script, source, workers):
     """The training loop of the tutorials, with the networks of cgan.py or dcgan.py."""
     G, D = script.Generator().to(DEVICE), script.Discriminator().to(DEVICE)
-    opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
-    opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D)]
     bce = torch.nn.BCELoss()
-    for x, y in chain.from_iterable(repeat(loader)):  # epoch after epoch
+    for x, y in chain.from_iterable(repeat(make_loader(source, workers))):  # epoch after epoch
         x = x.to(DEVICE)
         y = [y.to(DEVICE)] if script is cgan else []
         D.zero_grad()
@@ -148,72 +126,73 @@ def plain_gan(script, loader):
         loss_g = bce(p, torch.ones_like(p))
         loss_g.backward()
         opt_G.step()
-        for value in (loss_real + loss_fake, loss_g, p_real.mean(), p_fake.mean()):
-            value.item()
-        yield
+        shown = (loss_real + loss_fake, loss_g, p_real.mean(), p_fake.mean())
+        yield [value.item() for value in shown]
 
 
-def plain_ddpm(net, compute_loss, images, batch_size):
+def plain_ddpm(net, compute_loss, name, size, batch_size):
     """The same for a diffusion model, but with our batches, so that only the training differs."""
     opt = torch.optim.Adam(net.parameters(), 1e-3)
-    get_batch = data.Batches(images, None, batch_size, device=DEVICE)
+    get_batch = data.Batches(data.load(name, size)[0], None, batch_size, device=DEVICE)
     for x, _ in map(get_batch, count()):
         loss = compute_loss(x)
         opt.zero_grad()
         loss.backward()
         opt.step()
-        loss.item()
-        yield
+        yield loss.item()
 
 
 def diffusers_unet(image_channels, size, **changes):
     """The U-Net of ddpm.py with these changed settings, by diffusers."""
     from diffusers import UNet2DModel
     settings = {**vars(ddpm), **changes}
-    widths = [settings["CHANNELS"] * mult for mult in settings["MULTS"]]
-    sizes = [size // 2**level for level in range(len(widths))]
-    kinds = ["Attn" if size in settings["ATTENTION"] else "" for size in sizes]
+    kinds = ["Attn" if size // 2**level in settings["ATTENTION"] else ""
+             for level in range(len(settings["MULTS"]))]
     return UNet2DModel(
-        size, image_channels, image_channels,
-        block_out_channels=widths,
-        layers_per_block=settings["BLOCKS"],
+        size, image_channels, image_channels, layers_per_block=settings["BLOCKS"],
+        block_out_channels=[settings["CHANNELS"] * mult for mult in settings["MULTS"]],
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        norm_num_groups=math.gcd(settings["CHANNELS"] // 4, 8),
-        norm_eps=1e-6, attention_head_dim=None,
-        flip_sin_to_cos=False, freq_shift=1, downsample_padding=0,
+        norm_num_groups=math.gcd(settings["CHANNELS"] // 4, 8), norm_eps=1e-6,
+        attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0,
     ).to(DEVICE)
 
 
-# ---- rows: each returns two functions, for one figure of ours and one of theirs
-
-
-def compare_gan(script, loader, steps, **changes):
+def compare_gan(script, source, workers, steps, **changes):
     return (lambda: main_rate(script, steps, BATCH_SIZE=BATCH, **changes),
-            lambda: loop_rate(plain_gan(script, loader), steps, BATCH))
+            lambda: loop_rate(plain_gan(script, source, workers), steps, BATCH))
 
 
 def compare_start():
     data.load("faces", 64)  # makes the cache
     flags = f"--data faces --batch_size {BATCH} --max_steps 1 --sample_every 0 --out_dir".split()
     theirs = (f"import sys; sys.path.append({str(TESTS)!r}); import bench; bench.BATCH = {BATCH}; "
-              "next(bench.plain_gan(bench.dcgan, bench.make_loader('faces'))); print(flush=True)")
-    return (lambda: start_seconds(TESTS.parent / "dcgan.py", *flags, tempfile.mkdtemp(dir=".")),
-            lambda: start_seconds("-c", theirs))
+              "next(bench.plain_gan(bench.dcgan, 'faces', 2)); print(flush=True)")
+
+    def seconds(*command):  # until a Python program prints its first line
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        passed = time.perf_counter() - began
+        assert process.wait() == 0, command
+        return passed
+
+    return (lambda: seconds(TESTS.parent / "dcgan.py", *flags, tempfile.mkdtemp(dir=".")),
+            lambda: seconds("-c", theirs))
 
 
-def compare_batches(name, size, loader):
+def compare_loading(source, number, work):
+    """work() reads or makes that number of images; theirs is an epoch of the data loader."""
+    loader = make_loader(source, workers=2)
+    return (lambda: rate(number, work),
+            lambda: rate(len(loader) * BATCH, lambda: [len(x.to(DEVICE)) for x, _ in loader]))
+
+
+def compare_batches(name, size, source):
     images, labels = data.load(name, size)
     get_batch = data.Batches(images, labels, BATCH, flip=labels is None, device=DEVICE)
-    steps, batches = len(get_batch), map(get_batch, count())
-    return (lambda: rate(steps * BATCH, lambda: [len(x) for x, _ in islice(batches, steps)]),
-            lambda: loader_rate(loader))
-
-
-def compare_decoding():
-    loader = make_loader("photos")
-    return (lambda: rate(FILES, lambda: data.load("photos", 64, tempfile.mkdtemp(dir="."))),
-            lambda: loader_rate(loader))
+    steps, loop = len(get_batch), map(get_batch, count())
+    return compare_loading(source, steps * BATCH, lambda: [len(x) for x, _ in islice(loop, steps)])
 
 
 def compare_diffusers(name, size, batch, **changes):
@@ -235,10 +214,9 @@ def compare_lucidrains():
 
 
 def compare_ddpm(net, compute_loss, name, size, batch, **changes):
-    images, _ = data.load(name, size)
     changes.update(DATA=name, IMAGE_SIZE=size, BATCH_SIZE=batch)
     return (lambda: main_rate(ddpm, STEPS, **changes),
-            lambda: loop_rate(plain_ddpm(net, compute_loss, images, batch), STEPS, batch))
+            lambda: loop_rate(plain_ddpm(net, compute_loss, name, size, batch), STEPS, batch))
 
 
 def compare_sampling():
@@ -246,14 +224,13 @@ def compare_sampling():
     net = ddpm.UNet().eval().to(DEVICE, memory_format=torch.channels_last)
     if COMPILED:
         net.compile()
-    alpha_bar = ddpm.make_alpha_bar("linear", 1000)
     pipeline = DDIMPipeline(diffusers_unet(1, 28), DDIMScheduler(1000))
     theirs = partial(pipeline, SAMPLES, num_inference_steps=10, output_type="np")
 
     def ours():
         x = torch.randn(SAMPLES, 1, 28, 28, device=DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=BFLOAT16):
-            ddpm.sample(net, x, alpha_bar, 10, "ddim")
+            ddpm.sample(net, x, ddpm.make_alpha_bar("linear", 1000), 10, "ddim")
 
     ours(), theirs()  # the first time takes longer
     return lambda: rate(SAMPLES, ours), lambda: rate(SAMPLES, theirs)
@@ -262,8 +239,7 @@ def compare_sampling():
 def compare_fid():
     import fid
     from pytorch_fid import fid_score, inception
-    from torchvision.models import Inception3
-    weights = Inception3(1008, aux_logits=False, init_weights=False).state_dict()
+    weights = models.Inception3(1008, aux_logits=False, init_weights=False).state_dict()
     torch.save(weights, "weights.pth")
     network = fid.Inception("weights.pth").to(DEVICE)
     with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
@@ -275,23 +251,19 @@ def compare_fid():
             lambda: rate(FID_FILES, theirs))
 
 
-ROWS = {
-    "dcgan.py: training, faces/s":
-        lambda: compare_gan(dcgan, make_loader("faces"), STEPS, DATA="faces.npy"),
-    "batches of 64 px faces, from the cache":
-        lambda: compare_batches("faces.npy", 64, make_loader("faces")),
-    "decoding 178x218 photos to 64 px, once": compare_decoding,
-    "batches of MNIST":
-        lambda: compare_batches("mnist", 28, make_loader("mnist")),
+ROWS = {  # each returns two functions, for one figure of ours and one of theirs
+    "dcgan.py: training, faces/s": lambda: compare_gan(dcgan, "faces", 2, STEPS, DATA="faces.npy"),
+    "batches of 64 px faces, from the cache": lambda: compare_batches("faces.npy", 64, "faces"),
+    "decoding 178x218 photos to 64 px, once": lambda: compare_loading(
+        "photos", FILES, lambda: data.load("photos", 64, tempfile.mkdtemp(dir="."))),
+    "batches of MNIST": lambda: compare_batches("mnist", 28, "mnist"),
     "dcgan.py: seconds from start to the end of step 1, cached": compare_start,
-    "cgan.py: training, digits/s":
-        lambda: compare_gan(cgan, make_loader("mnist", workers=0), 10 * STEPS),
+    "cgan.py: training, digits/s": lambda: compare_gan(cgan, "mnist", 0, 10 * STEPS),
     "ddpm.py: training, digits/s, against diffusers' U-Net":
         lambda: compare_diffusers("mnist", 28, BATCH),
     "ddpm.py: training, 64 px faces/s, against diffusers' U-Net":
         lambda: compare_diffusers("faces.npy", 64, BATCH if CUDA else 8, **PRESET),
-    "ddpm.py: training, 32 px faces/s, against lucidrains' denoising-diffusion-pytorch":
-        compare_lucidrains,
+    "ddpm.py: training, 32 px faces/s, against denoising-diffusion-pytorch": compare_lucidrains,
     "ddpm.py: digits sampled in 10 DDIM steps, images/s, against diffusers": compare_sampling,
     "fid.py: files to statistics, images/s, against pytorch-fid": compare_fid,
 }
@@ -302,8 +274,6 @@ def measure(title):
     try:
         ours, theirs = ROWS[title]()
     except ModuleNotFoundError as error:
-        if error.name not in PEERS:
-            raise
         return f"| {title} | | | {error.name} is not installed |"
     a, b = np.array([(ours(), theirs()) for _ in range(TURNS)]).T
     ratios = b / a if "seconds" in title else a / b
@@ -312,8 +282,7 @@ def measure(title):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=[""], help="words of their titles")
     parser.add_argument("--smallest", action="store_true", help="see that every row runs")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """What the tests share: a tiny data set, and two ways to run a script."""
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,8 +56,6 @@ def run(images):
 
 def command(script, *flags):
     """The arguments of subprocess.run and Popen for `python script.py flags`."""
-    import subprocess
-
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     args = [sys.executable, str(ROOT / f"{script}.py"), *[str(flag) for flag in flags]]
     return dict(args=args, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

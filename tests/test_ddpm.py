@@ -1,4 +1,4 @@
-"""DDPM: the U-Net, the mathematics of diffusion, samplers, guidance, the training step, learning."""
+"""DDPM: the U-Net, the mathematics of diffusion, samplers, guidance, training, learning."""
 import math
 
 import numpy as np
@@ -25,13 +25,14 @@ def randomised(net, seed=0):
 # ---- the U-Net
 
 
-@pytest.mark.parametrize("size, mults, attention", [
-    ((8, 8), (1,), (True,)), ((28, 28), (1, 2, 4), (0, 0, 1)), ((16, 24), (1, 1, 2, 2), (0, 1, 0, 0))])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_shapes(size, mults, attention, channels):
-    net = ddpm.UNet(channels, 8, mults, 2, attention, 2)
-    x = torch.randn(2, channels, *size)
-    assert net(x, torch.tensor([0, 9])).shape == x.shape
+@pytest.mark.parametrize("size, mults", [((8, 8), (1,)), ((28, 28), (1, 2, 4)), ((16, 24), (2, 1))])
+def test_shapes_and_initial_zeros(size, mults, channels):
+    attention = [True, False, True][:len(mults)]
+    net, x = ddpm.UNet(channels, 8, mults, 2, attention, 2), torch.randn(2, channels, *size)
+    assert net(x, torch.tensor([0, 9])).equal(torch.zeros_like(x))
+    block, x = net.middle[0], torch.randn(2, 8 * mults[-1], 4, 4)
+    assert block(x, torch.randn(2, 32)).equal(x)
 
 
 def test_weights_are_as_many_as_in_the_paper():
@@ -40,39 +41,23 @@ def test_weights_are_as_many_as_in_the_paper():
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 
-def test_it_starts_from_zero_and_a_residual_block_from_the_identity():
-    net = ddpm.UNet(3, 8, (1, 2), 1, (False, True), 2)
-    assert not net(torch.randn(2, 3, 8, 8), torch.tensor([3, 4])).any()
-    block, x = net.middle[0], torch.randn(2, 16, 4, 4)
-    assert torch.equal(block(x, torch.randn(2, 32)), x)
-
-
 @pytest.mark.parametrize("channels", [4, 8, 12, 32, 64])
 def test_groups_keep_the_time_embedding(channels, run, tmp_path):
     run(ddpm, tmp_path, "--max_steps", 1, "--channels", channels, "--mults", 1)
     groups = checkpoint(tmp_path)["args"]["groups"]
     assert channels // groups >= 4 and groups <= 8
     net = randomised(ddpm.UNet(3, channels, (1,), 1, (False,), groups).double())
-    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-    early, late = net(x, torch.tensor([1])), net(x, torch.tensor([900]))
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64).expand(2, -1, -1, -1)
+    early, late = net(x, torch.tensor([1, 900]))
     assert (early - late).abs().mean() > 1e-3 * early.abs().mean()
 
 
 def test_time_embedding():
     """sin and cos of t / 10000^(i / (half - 1))."""
     t = torch.tensor([0, 1, 7, 999])
-    for row, time in zip(ddpm.embed_time(t, 8).tolist(), t.tolist()):
-        angles = [time / 10000 ** (i / 3) for i in range(4)]
-        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        assert row == pytest.approx(expected, abs=1e-4)
-
-
-def test_downsampling_pads_to_the_right_and_below():
-    layer, x = ddpm.Downsample(4, (0, 1, 0, 1)), torch.randn(2, 4, 6, 8)
-    padded = torch.zeros(2, 4, 7, 9)
-    padded[:, :, :6, :8] = x
-    expected = F.conv2d(padded, layer.weight, layer.bias, stride=2)
-    torch.testing.assert_close(layer(x, None), expected)
+    angles = t[:, None] / 10000 ** (torch.arange(4) / 3)
+    expected = torch.cat([angles.sin(), angles.cos()], 1)
+    torch.testing.assert_close(ddpm.embed_time(t, 8), expected, rtol=0, atol=1e-4)
 
 
 def test_attention_is_softmax_of_q_k_over_pixels():
@@ -93,22 +78,16 @@ def test_linear_schedule():
     a = ddpm.make_alpha_bar("linear", 1000)
     assert a.dtype == torch.float64 and a.shape == (1001,) and a[0] == 1
     np.testing.assert_allclose(a[1:], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), rtol=1e-12)
-    for T in (21, 100, 4000):
-        assert ddpm.make_alpha_bar("linear", T)[-1] < 1e-4  # x_T is noise
-    with pytest.raises(ValueError, match="21 or more"):
-        ddpm.make_alpha_bar("linear", 20)
+    ends = [ddpm.make_alpha_bar("linear", T)[-1] for T in (21, 100, 4000)]
+    assert max(ends) < 1e-4  # x_T is noise
 
 
 @pytest.mark.parametrize("T", [10, 1000])
 def test_cosine_schedule(T):
     """Nichol & Dhariwal 2021, eq. 17: betas clipped at 0.999."""
-    def f(t):
-        return math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    expected = [1.0]
-    for t in range(1, T + 1):
-        expected.append(expected[-1] * (1 - min(1 - f(t) / f(t - 1), 0.999)))
-    np.testing.assert_allclose(ddpm.make_alpha_bar("cosine", T), expected, rtol=1e-9)
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    expected = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+    np.testing.assert_allclose(ddpm.make_alpha_bar("cosine", T), [1, *expected], rtol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -116,18 +95,18 @@ def test_moments_of_noisy_images(schedule):
     """q(x_t | x_0) is Gaussian with mean sqrt(alpha_bar) x_0 and variance 1 - alpha_bar (eq. 4)."""
     torch.manual_seed(0)
     a = ddpm.make_alpha_bar(schedule, 1000)
-    scales = torch.stack([a.sqrt(), (1 - a).sqrt()])
+    scales = torch.stack([a, 1 - a]).sqrt()
     for t in (1, 10, 300, 1000):
         x_0 = torch.full((40_000, 1, 1, 1), 0.7, dtype=torch.float64)
         x = ddpm.add_noise(x_0, torch.full((40_000,), t), torch.randn_like(x_0), scales)
-        mean, variance = a[t] ** 0.5 * 0.7, 1 - a[t]
+        mean, variance = a[t]**0.5 * 0.7, 1 - a[t]
         assert abs(x.mean() - mean) < 5 * (variance / 40_000) ** 0.5
         assert abs(x.var() / variance - 1) < 0.04
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("stride", [1, 10])
-def test_the_posterior_follows_from_bayes_rule(schedule, stride):
+def test_ddpm_and_ddim_with_eta_1_follow_from_bayes_rule(schedule, stride):
     """q(x_s | x_t, x_0) at every t: precisions add up (eq. 6 and 7 where s = t - 1)."""
     a = ddpm.make_alpha_bar(schedule, 1000).tolist()
     x_0, x_t = torch.tensor([[0.4, -1, 0, 1], [1.3, 0.2, -2, 0]], dtype=torch.float64)
@@ -138,17 +117,9 @@ def test_the_posterior_follows_from_bayes_rule(schedule, stride):
         if s > 0:
             variance = 1 / (1 / (1 - a[s]) + keep / (1 - keep))
             expected = (a[s]**0.5 / (1 - a[s]) * x_0 + keep**0.5 / (1 - keep) * x_t) * variance
-        mean, var = ddpm.ddpm_step(x_t, x_0, a[t], a[s])
-        assert (mean - expected).abs().max() < 1e-10 and abs(var - variance) < 1e-10
-
-
-def test_ddim_with_eta_1_is_ddpm_at_every_t():
-    a = ddpm.make_alpha_bar("linear", 1000).tolist()
-    x_0, x_t = torch.randn(2, 50, dtype=torch.float64)
-    for t in range(1, 1001):
-        mean, var = ddpm.ddpm_step(x_t, x_0, a[t], a[t - 1])
-        other_mean, other_var = ddpm.ddim_step(x_t, x_0, a[t], a[t - 1], 1.0)
-        assert (mean - other_mean).abs().max() < 1e-10 and abs(var - other_var) < 1e-10
+        for step, eta in ((ddpm.ddpm_step, ()), (ddpm.ddim_step, (1.0,))):
+            mean, var = step(x_t, x_0, a[t], a[s], *eta)
+            assert (mean - expected).abs().max() < 1e-10 and abs(var - variance) < 1e-10
 
 
 # ---- the samplers, with networks that are formulas
@@ -197,20 +168,14 @@ def test_an_oracle_recovers_the_image(way, steps):
 
 
 def test_eta_1_at_all_steps_is_ancestral_sampling_and_eta_0_draws_nothing():
-    a = ddpm.make_alpha_bar("cosine", 200)
-    net, x, draws = gaussian(-0.2, 0.5, a), start(50), []
-
-    def noise(x):
-        draws.append(len(draws))
-        return start(50, seed=len(draws))
-
-    ancestral = ddpm.sample(net, x, a, 200, noise=noise)
-    assert len(draws) == 199  # every step but the last one draws
-    draws.clear()
-    torch.testing.assert_close(ddpm.sample(net, x, a, 200, "ddim", eta=1.0, noise=noise), ancestral)
-    draws.clear()
-    still = ddpm.sample(net, x, a, 200, "ddim", noise=noise)
-    assert not draws and torch.equal(still, ddpm.sample(net, x, a, 200, "ddim"))
+    a, ends, counts = ddpm.make_alpha_bar("cosine", 200), [], []
+    for way in (dict(), dict(sampler="ddim", eta=1.0), dict(sampler="ddim")):
+        noises = [start(50, seed) for seed in range(1, 201)]
+        ends.append(ddpm.sample(gaussian(-0.2, 0.5, a), start(50), a, 200, **way,
+                                noise=lambda x: noises.pop()))
+        counts.append(200 - len(noises))
+    torch.testing.assert_close(ends[1], ends[0])
+    assert counts == [199, 199, 0]  # the last step draws nothing
 
 
 @pytest.mark.parametrize("T, steps", [(1000, 1000), (1000, 50), (1000, 7), (40, 33), (40, 1)])
@@ -226,104 +191,71 @@ def test_times_are_spaced_evenly_and_the_network_counts_from_0(T, steps):
     assert len(path) == steps + 1 and torch.equal(path[0], start(2))
 
 
-def test_large_variance_is_beta_and_x_0_is_clipped():
-    a, ones = ddpm.make_alpha_bar("linear", 50), torch.ones_like
-    deviations = []
-    for variance in ("small", "large"):
-        path = []
-        ddpm.sample(lambda x, t: x * 0, start(1) * 0, a, 50, variance=variance, noise=ones, path=path)
-        deviations.append(path[1].item())  # of the first step, whose mean is 0
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_large_variance_is_beta_and_x_0_is_clipped(variance):
+    a, path = ddpm.make_alpha_bar("linear", 50), []
+    ddpm.sample(lambda x, t: x * 0, start(1) * 0, a, 50, variance=variance, noise=torch.ones_like,
+                path=path)
     beta = (1 - a[50] / a[49]).item()
-    small = (beta * (1 - a[49]) / (1 - a[50])).item()
-    assert deviations == pytest.approx([small**0.5, beta**0.5])
-    x = ddpm.sample(gaussian(0.9, 0.5, a), start(9), a, 50, noise=torch.zeros_like)
+    expected = beta if variance == "large" else beta * ((1 - a[49]) / (1 - a[50])).item()
+    assert path[1].item() == pytest.approx(expected**0.5)  # of the first step, whose mean is 0
+    x = ddpm.sample(gaussian(0.9, 0.5, a), start(9), a, 50, "ddim")
     assert x.abs().max() <= 1
 
 
 # ---- labels and guidance
 
 
-def conditional_net():
-    return randomised(ddpm.UNet(1, 8, (1, 2), 1, (False, True), 2, classes=3)).eval()
-
-
 def test_guidance_1_is_the_conditional_prediction_and_0_the_unconditional_one():
-    net, x, t = conditional_net(), torch.randn(4, 1, 8, 8), torch.tensor([0, 3, 50, 999])
+    net = randomised(ddpm.UNet(1, 8, (1, 2), 1, (False, True), 2, classes=3)).eval()
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 3, 50, 999])
     y, none = torch.tensor([0, 1, 2, 0]), torch.full((4,), 3)
     conditional, unconditional = net(x, t, y), net(x, t, none)
     assert (conditional - unconditional).abs().max() > 0.01
-    torch.testing.assert_close(ddpm.guide(net, y, 1.0)(x, t), conditional)
-    torch.testing.assert_close(ddpm.guide(net, y, 0.0)(x, t), unconditional)
-    expected = unconditional + 2.5 * (conditional - unconditional)
-    torch.testing.assert_close(ddpm.guide(net, y, 2.5)(x, t), expected)
-
-
-def test_guidance_evaluates_both_at_once_and_guidance_1_only_one():
     sizes = []
-
-    class Net(nn.Module):
-        args = dict(classes=3)
-
-        def forward(self, x, t, y):
-            sizes.append(len(x))
-            return x
-
-    x, t, y = torch.randn(4, 1, 8, 8), torch.zeros(4), torch.zeros(4, dtype=torch.int64)
-    ddpm.guide(Net(), y, 1.0)(x, t)
-    ddpm.guide(Net(), y, 2.0)(x, t)
-    assert sizes == [4, 8]
+    net.register_forward_hook(lambda net, inputs, output: sizes.append(len(output)))
+    for guidance in (1.0, 0.0, 2.5):
+        expected = unconditional + guidance * (conditional - unconditional)
+        torch.testing.assert_close(ddpm.guide(net, y, guidance)(x, t), expected)
+    assert sizes == [4, 8, 8]  # both predictions at once, and with guidance 1 only one
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_mixture_comes_out_in_the_class_asked_for(guidance):
-    """Class 0 is N(-0.5, 0.1^2), class 1 N(0.5, 0.1^2); the exact eps of both and of the mixture."""
+    """Class 0 is N(-0.5, 0.1^2), class 1 N(0.5, 0.1^2); the exact eps of both and the mixture."""
     a = ddpm.make_alpha_bar("linear", 200)
-    classes = [gaussian(-0.5, 0.1, a), gaussian(0.5, 0.1, a)]
 
-    class Net(nn.Module):
-        args = dict(classes=2)
+    def net(x, t, y):
+        a_t, y = a[t + 1].view(-1, 1, 1, 1), y.view(-1, 1, 1, 1)
+        eps_0, eps_1 = gaussian(-0.5, 0.1, a)(x, t), gaussian(0.5, 0.1, a)(x, t)
+        log_odds = 2 * 0.5 * a_t**0.5 * x / (a_t * 0.01 + 1 - a_t)  # of class 1, given x_t
+        mixture = torch.lerp(eps_0, eps_1, log_odds.sigmoid())
+        return torch.where(y == 0, eps_0, torch.where(y == 1, eps_1, mixture))
 
-        def forward(self, x, t, y):
-            a_t = a[t + 1].view(-1, 1, 1, 1)
-            variance = a_t * 0.01 + 1 - a_t
-            log_odds = 2 * 0.5 * a_t**0.5 * x / variance  # of class 1, given x_t
-            eps_0, eps_1 = [net(x, t) for net in classes]
-            mixture = torch.lerp(eps_0, eps_1, log_odds.sigmoid())
-            y = y.view(-1, 1, 1, 1)
-            return torch.where(y == 0, eps_0, torch.where(y == 1, eps_1, mixture))
-
+    net.args = dict(classes=2)
     torch.manual_seed(1)
     y = torch.arange(2000) % 2
-    x = ddpm.sample(ddpm.guide(Net(), y, guidance), start(2000), a, 200).flatten()
+    x = ddpm.sample(ddpm.guide(net, y, guidance), start(2000), a, 200).flatten()
     assert ((x > 0) == (y == 1)).all()
     if guidance == 1:
         assert x[y == 1].mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_unconditional_network_is_the_same_weight_for_weight():
-    nets = []
-    for classes in (0, 3):
-        torch.manual_seed(0)
-        nets.append(ddpm.UNet(1, 8, (1, 2), 1, (False, True), 2, classes=classes))
-    with_labels = nets[1].state_dict()
-    assert set(with_labels) - set(nets[0].state_dict()) == {"label.weight"}
-    for name, weight in nets[0].state_dict().items():
-        assert torch.equal(weight, with_labels[name])
+def test_every_t_is_trained_and_a_tenth_of_the_labels_left_out(run, tmp_path, monkeypatch):
+    times, labels, forward = [], [], ddpm.UNet.forward
 
-
-def test_a_tenth_of_the_labels_is_left_out_in_training(run, tmp_path, monkeypatch):
-    seen, forward = [], ddpm.UNet.forward
-
-    def spy(self, x, t, y=None):
-        seen.extend(y.tolist())
+    def spy(self, x, t, y):
+        times.extend(t.tolist())
+        labels.extend(y.tolist())
         return forward(self, x, t, y)
 
     monkeypatch.setattr(ddpm.UNet, "forward", spy)
     run(ddpm, tmp_path, "--conditional", "--max_steps", 60, "--batch_size", 32, "--limit", 320,
-        data="toy-digits")
-    shares = np.bincount(seen, minlength=11) / len(seen)
-    assert shares[10] == pytest.approx(0.1, abs=0.03)
-    assert shares[:10] == pytest.approx([0.09] * 10, abs=0.03)
+        "--timesteps", 21, data="toy-digits")
+    counts = np.bincount(times, minlength=21)
+    assert len(counts) == 21 and counts.min() > 45 and counts.max() < 140  # 1920 / 21 = 91 each
+    shares = np.bincount(labels, minlength=11) / len(labels)
+    assert shares == pytest.approx([0.09] * 10 + [0.1], abs=0.03)
 
 
 def test_labels_on_demand(run, tmp_path, monkeypatch):
@@ -346,13 +278,6 @@ def test_labels_on_demand(run, tmp_path, monkeypatch):
         run(ddpm, tmp_path, "--sample", 10, "--label", "10")
 
 
-def test_labels_need_a_conditional_checkpoint(run, tmp_path):
-    run(ddpm, tmp_path, "--max_steps", 1)
-    for flags in (["--label", "1"], ["--guidance", 2]):
-        with pytest.raises(SystemExit, match="0 classes"):
-            run(ddpm, tmp_path, "--sample", 3, *flags)
-
-
 # ---- a run
 
 
@@ -373,7 +298,8 @@ def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
         loss = nn.MSELoss()(net(a_t**0.5 * x_0 + (1 - a_t)**0.5 * eps, t - 1), eps)
         net.zero_grad()
         loss.backward()
-        opt.param_groups[0]["lr"] = 1e-2 * (step + 1) / 200 * (1 + math.cos(math.pi * step / 60)) / 2
+        cosine = (1 + math.cos(math.pi * step / 60)) / 2
+        opt.param_groups[0]["lr"] = 1e-2 * (step + 1) / 200 * cosine
         opt.step()
     ckpt = checkpoint(tmp_path)
     for name in ("net", "ema"):
@@ -394,24 +320,10 @@ def test_the_learning_rate_warms_up_and_decays_over_all_epochs(run, tmp_path, mo
     expected = [1e-3 * min(1, (i + 1) / 200) * (1 + math.cos(math.pi * i / 300)) / 2
                 for i in range(300)]  # 48 images in batches of 8: 6 steps an epoch
     assert rates == pytest.approx(expected)
-    assert rates[-1] < 1e-7
-
-
-def test_every_t_is_trained_both_ends_included(run, tmp_path, monkeypatch):
-    seen, forward = [], ddpm.UNet.forward
-
-    def spy(self, x, t, y=None):
-        seen.extend(t.tolist())
-        return forward(self, x, t, y)
-
-    monkeypatch.setattr(ddpm.UNet, "forward", spy)
-    run(ddpm, tmp_path, "--max_steps", 60, "--timesteps", 21, "--log_every", 100)
-    counts = np.bincount(seen, minlength=21)
-    assert len(counts) == 21 and counts.min() > 5 and counts.max() < 60  # 480 / 21 = 23 each
 
 
 def test_ema_warms_up(run, tmp_path):
-    run(ddpm, tmp_path, "--max_steps", 1)
+    run(ddpm, tmp_path, "--max_steps", 1, "--lr", 1)  # in warm-up: 0.005 and more
     for step in (1, 2, 3):
         before = checkpoint(tmp_path)
         run(ddpm, tmp_path, "--resume", "--max_steps", step + 1)
@@ -430,13 +342,16 @@ def test_the_log_has_the_loss_by_quarter_of_t(run, tmp_path):
         assert [float(value) for value in row[2:]] == pytest.approx([1] * 5, abs=0.1)
 
 
-@pytest.mark.parametrize("flags", ["--timesteps 40", "--schedule cosine", "--channels 32",
-                                   "--mults 1", "--blocks 2", "--attention 16", "--conditional"])
-def test_what_a_checkpoint_decides_cannot_be_changed(flags, run, tmp_path, capsys):
+def test_what_a_checkpoint_decides_cannot_be_changed(run, tmp_path, capsys):
     run(ddpm, tmp_path, "--max_steps", 1)
-    with pytest.raises(SystemExit):
-        run(ddpm, tmp_path, "--sample", 3, *flags.split())
-    assert "cannot be changed" in capsys.readouterr().err
+    for flags in ("--timesteps 40", "--schedule cosine", "--channels 32", "--mults 1",
+                  "--blocks 2", "--attention 16", "--conditional"):
+        with pytest.raises(SystemExit):
+            run(ddpm, tmp_path, "--sample", 3, *flags.split())
+        assert "cannot be changed" in capsys.readouterr().err
+    for flags in ("--label 1", "--guidance 2"):
+        with pytest.raises(SystemExit, match="0 classes"):
+            run(ddpm, tmp_path, "--sample", 3, *flags.split())
 
 
 def test_the_preset_of_a_data_set():
@@ -452,14 +367,9 @@ def test_it_learns(run, tmp_path):
         "--limit", 1000, data="toy-digits")
     assert float(log_rows(tmp_path)[-1][2]) < 0.07
     run(ddpm, tmp_path, "--sample", 128, "--sample_steps", 25, "--sampler", "ddim")
-    samples, _ = data.load(str(tmp_path / "generated"), 16, tmp_path)
-    digits, _ = data.load("toy-digits", 16, limit=1000)
-
-    def pixel_statistics(images):
+    statistics = []
+    for source in (str(tmp_path / "generated"), "toy-digits"):
+        images, _ = data.load(source, 16, tmp_path, limit=1000)
         x = F.avg_pool2d(images.float() / 127.5 - 1, 2).flatten(1).double().numpy()
-        return x.mean(0), np.cov(x, rowvar=False)
-
-    noise = data.to_uint8(torch.randn(128, 1, 16, 16).clamp(-1, 1))
-    distances = [fid.frechet_distance(*pixel_statistics(images), *pixel_statistics(digits))
-                 for images in (samples, noise)]
-    assert distances[0] < 5 and distances[1] > 40, distances
+        statistics += [x.mean(0), np.cov(x, rowvar=False)]
+    assert fid.frechet_distance(*statistics) < 5  # of noise: more than 40
