@@ -314,8 +314,8 @@ class Batches:
     def __call__(self, step):
         epoch, i = divmod(step, len(self))
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)  # not on the GPU
-            order = torch.randperm(len(self.rows), generator=generator)
+            generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)
+            order = torch.randperm(len(self.rows), generator=generator)  # the same on all devices
             self.order, self.epoch = order.to(self.rows.device), epoch
         chosen = self.order[i * self.size:(i + 1) * self.size]
         x = self.to_device(self.rows.index_select(0, chosen))

@@ -8,6 +8,7 @@ generated ones, the generator G to turn random numbers into images that D takes 
     python dcgan.py --resume --epochs 50          # go on from out/dcgan/ckpt.pt
     python dcgan.py --sample 1000                 # write images to out/dcgan/generated
 
+Measured: 10,000 drawn faces at 32 px, 20 epochs, 2 minutes on 2 CPU cores (README's first command).
 To train on your own tensor, replace data.load(...) in main() by tensor, None: uint8 (N, C, H, W).
 """
 import argparse
@@ -153,7 +154,6 @@ def main(settings, ckpt):
             get_batch = data.Batches(images, None, BATCH_SIZE, SEED, FLIP, device, layout)
         if FID and not SAMPLE:
             import fid
-
             inception = fid.Inception().to(device)  # now, and not after training: it may fail
         torch.manual_seed(SEED)
         G = Generator(IMAGE_SIZE, shape[0], LATENT, WIDTH).to(device, memory_format=layout)
