@@ -372,32 +372,31 @@ def save_gif(folder, path):
     """An animation of epoch_0001.png and so on; of many files, every second, third, ..."""
     files = sorted(folder.glob("epoch_*.png"))
     frames = [Image.open(file) for file in files[::len(files) // 60 + 1]]
-    if frames:
-        with replacing(path) as tmp:
-            frames[0].save(tmp, save_all=True, append_images=frames[1:], duration=150)
+    with replacing(path) as tmp:
+        frames[0].save(tmp, save_all=True, append_images=frames[1:], duration=150)
 
 
-def save_plot(path, yscale="linear", **panels):
+def save_plot(path, xlabel, yscale="linear", **panels):
     """Curves in panels side by side: title=dict(label=(x values, y values), ...)."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError:
         warnings.warn("no plots are drawn: matplotlib is not installed")  # shown once
         return
-    figure = Figure(figsize=(5 * len(panels), 3.2))
+    figure = Figure(figsize=(5 * len(panels), 3.2), layout="tight")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items()):
         for label, (x, y) in curves.items():
             ax.plot(x, y, label=label)
-        ax.set(title=title, yscale=yscale)
+        ax.set(title=title, xlabel=xlabel, yscale=yscale)
         ax.legend()
     with replacing(path) as tmp:
         figure.savefig(tmp)
 
 
-def density(values):
-    """The distribution of a tensor's values, as x and y for save_plot()."""
-    y, edges = np.histogram(values.detach().float().cpu(), 30, density=True)
+def density(values, low):
+    """The distribution of values between low and 1, as x and y for save_plot()."""
+    y, edges = np.histogram(values.float().cpu(), 30, (low, 1), density=True)
     return edges[:-1], y
 
 
@@ -408,17 +407,18 @@ class Log:
     """The rows of log.csv, which are also printed, and kept in the checkpoint.
     names: of the values that write() takes; step, rows: of the run so far, when it is resumed."""
 
-    def __init__(self, path, names, step=0, rows=()):
-        self.path, self.names, self.rows = path, names, list(rows)
+    def __init__(self, path, names, step, rows):
+        self.path, self.names, self.rows = path, names, rows
         self.columns = ["step", "epoch", "seconds", "images_per_s", *names]
         self.last_step, self.last_time = step, time.perf_counter()
         self.seconds = rows[-1][2] if rows else 0.0  # not counting the time between two sittings
 
     def write(self, step, total, epoch, batch_size, values, note=""):
-        passed = time.perf_counter() - self.last_time
+        now = time.perf_counter()
+        passed = now - self.last_time
         rate = (step - self.last_step) * batch_size / passed
         self.seconds += passed
-        self.last_step, self.last_time = step, time.perf_counter()
+        self.last_step, self.last_time = step, now
         values = [round(value, 6) for value in values]
         self.rows.append([step, epoch, round(self.seconds, 1), round(rate, 2), *values])
         with replacing(self.path) as tmp:

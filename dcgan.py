@@ -260,12 +260,12 @@ def main(settings, ckpt):
             picture = f"epoch_{epoch:04}.png"
             data.save_grid(torch.cat(list(generate(64))), out / "samples" / picture)
             data.save_gif(out / "samples", out / "samples.gif")
-            data.save_plot(out / "loss.png", loss=log.curves("loss_D", "loss_G"),
+            data.save_plot(out / "loss.png", "step", loss=log.curves("loss_D", "loss_G"),
                            D=log.curves("D(x)", "D(G(z))"))
             data.save_plot(
-                out / "prob" / picture,
-                D=dict(real=data.density(p_real), generated=data.density(p_fake)),
-                pixels=dict(real=data.density(x), generated=data.density(fake)))
+                out / "prob" / picture, "value",
+                D=dict(real=data.density(p_real, 0), generated=data.density(p_fake, 0)),
+                pixels=dict(real=data.density(x, -1), generated=data.density(fake.detach(), -1)))
 
     data.set_handlers(signal.SIG_DFL)
     if stop:

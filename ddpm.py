@@ -517,7 +517,7 @@ def main(settings, ckpt):
             shown = [path[i * num_steps // 10][:8] for i in range(11)]  # from x_T to x_0
             shown = torch.stack(shown, 1).flatten(0, 1)
             data.save_grid(data.to_uint8(shown), out / "denoise.png", columns=11)
-            data.save_plot(out / "loss.png", "log", loss=log.curves(*names))
+            data.save_plot(out / "loss.png", "step", "log", loss=log.curves(*names))
 
     data.set_handlers(signal.SIG_DFL)
     if rank > 0:
