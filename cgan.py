@@ -11,7 +11,7 @@ out: an unconditional GAN, as in Goodfellow et al. 2014, https://arxiv.org/abs/1
     python cgan.py --sample 8 --label 2,0,2,6     # these in turn; without --label, all classes
     python cgan.py --data path/to/folders         # your own: a folder of images for each class
 
-Measured: 50 epochs of MNIST, then a classifier reads 99.6 % of 10,000 samples as asked for.
+Measured: 50 epochs, 8 minutes on 2 CPU cores; a classifier recognizes 99.5 % of 10,000 samples.
 To train on your own tensors, replace data.load(...) in main() by images, labels: uint8 (N, C, H, W)
 and int64 (N,).
 """
@@ -269,7 +269,7 @@ def main(settings, ckpt):
 
     data.set_handlers(signal.SIG_DFL)
     if stop:
-        print(f"stopped at step {step}, saved in {out / 'ckpt.pt'}: go on with --resume")
+        print(f"stopped at step {step} and saved: go on with --resume --out_dir {out}")
         sys.exit(128 + stop[0])
     print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
     if FID:

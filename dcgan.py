@@ -8,7 +8,7 @@ generated ones, the generator G to turn random numbers into images that D takes 
     python dcgan.py --resume --epochs 50          # go on from out/dcgan/ckpt.pt
     python dcgan.py --sample 1000                 # write images to out/dcgan/generated
 
-Measured: 10,000 drawn faces at 32 px, 20 epochs, 2 minutes on 2 CPU cores (README's first command).
+Measured: 25,000 faces at 64 px, 15 epochs, 30 minutes on 2 CPU cores with --dtype bfloat16.
 To train on your own tensor, replace data.load(...) in main() by tensor, None: uint8 (N, C, H, W).
 """
 import argparse
@@ -269,7 +269,7 @@ def main(settings, ckpt):
 
     data.set_handlers(signal.SIG_DFL)
     if stop:
-        print(f"stopped at step {step}, saved in {out / 'ckpt.pt'}: go on with --resume")
+        print(f"stopped at step {step} and saved: go on with --resume --out_dir {out}")
         sys.exit(128 + stop[0])
     print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
     if FID:

@@ -7,12 +7,12 @@ it, noise becomes an image. DDIM (Song et al. 2020, https://arxiv.org/abs/2010.0
     python ddpm.py --data celeba --out_dir out/faces             # faces; needs a GPU
     python ddpm.py --sample 2048 --sample_steps 100              # write images, in 100 steps each
     python ddpm.py --sample 64 --sample_steps 50 --sampler ddim
-    python ddpm.py --conditional --out_dir out/digits            # learn the labels, too
-    python ddpm.py --sample 10 --label 7 --guidance 2 --out_dir out/digits
+    python ddpm.py --conditional --out_dir out/conditional       # learn the labels, too
+    python ddpm.py --sample 10 --label 7 --guidance 2 --out_dir out/conditional
     python ddpm.py --init_from google/ddpm-cifar10-32 --sample 64 --out_dir out/cifar10
     torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces
 
-Measured: 10 epochs of MNIST, then a classifier reads 87 % of 1,000 samples with p > 0.9 (50 steps).
+Measured: 10 epochs, --conditional; a classifier recognizes all of 1,000 samples with guidance 2.
 To train on your own tensor, replace data.load(...) in main() by tensor, None: uint8 (N, C, H, W).
 """
 import argparse
@@ -432,7 +432,7 @@ def main(settings, ckpt):
         for i in range(rank, math.ceil(SAMPLE / batch_size), world):
             batch = draw(i, **chosen)[:SAMPLE - batch_size * i]
             data.save_images(batch, out / "generated", first=batch_size * i)
-            print(f"wrote images {batch_size * i} to {batch_size * i + len(batch) - 1}")
+            print(f"wrote images up to {batch_size * i + len(batch) - 1} in {out / 'generated'}")
             if i == 0:
                 data.save_grid(batch, out / "generated.png", columns)
         return
@@ -523,7 +523,7 @@ def main(settings, ckpt):
     if rank > 0:
         return
     if stop:
-        print(f"stopped at step {step}, saved in {out / 'ckpt.pt'}: go on with --resume")
+        print(f"stopped at step {step} and saved: go on with --resume --out_dir {out}")
         sys.exit(128 + stop[0])
     print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
     if FID:

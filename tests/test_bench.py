@@ -11,8 +11,7 @@ def test_smallest_setting_prints_every_row(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data, "set_handlers", lambda handler: None)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--smallest"])
     bench.main()
-    printed = capsys.readouterr().out
-    rows = dict(re.findall(r"^\| (\w.+?) \| (.+) \|$", printed, re.M))
-    assert list(rows) == list(bench.ROWS), printed
+    rows = dict(re.findall(r"^\| (\w.+?) \| (.+) \|$", capsys.readouterr().out, re.M))
+    assert list(rows) == list(bench.ROWS)
     for figures in rows.values():
         assert re.fullmatch(r"\S+ \| \S+ \| \S+ \(.+\)|\| \| \w+ is not installed", figures)
