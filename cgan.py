@@ -1,26 +1,24 @@
 """CGAN: digits on demand (Mirza & Osindero 2014, https://arxiv.org/abs/1411.1784).
 
-Two fully connected networks compete: the discriminator D learns to tell images of a data set from
-generated ones, the generator G to turn random numbers into images that D takes for real. Both also
-get the label, so G learns to draw the class that it is given. --no-conditional leaves the labels
-out: an unconditional GAN, as in Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661.
+Two fully connected networks compete. The discriminator D learns to tell real images from generated
+ones. The generator G learns to turn random vectors into images that D takes for real. Both also get
+the label, so G learns to draw the class that it is given. --no-conditional leaves the labels out:
+the original GAN of Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661.
 
     python cgan.py                                # conditional GAN on MNIST, into out/cgan
     python cgan.py --no-conditional --out_dir out/gan
     python cgan.py --sample 100 --label 7         # write a hundred sevens to out/cgan/generated
     python cgan.py --sample 8 --label 2,0,2,6     # these in turn; without --label, all classes
-    python cgan.py --data path/to/folders         # your own: a folder of images for each class
+    python cgan.py --data path/to/folders         # your own: one folder of images for each class
 
 Measured: 50 epochs, 8 minutes on 2 CPU cores; a classifier recognizes 99.5 % of 10,000 samples.
-To train on your own tensors, replace data.load(...) in main() by images, labels: uint8 (N, C, H, W)
-and int64 (N,).
 """
 import argparse
 import copy
+import importlib.util
 import math
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,55 +27,59 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot, softplus
 
-# ---- config: every constant is also a flag, e.g. --batch_size 64 --no-conditional
+# ---- settings of a run, kept in its checkpoint. Each constant is a flag: --lr 1e-4 --no-flip
 
 DATA = "mnist"          # celeba, mnist, toy-faces, toy-digits; or a folder, .zip, .npy or .npz
-DATA_DIR = "data"       # where the named sets are found, downloaded and cached
-OUT_DIR = "out/cgan"    # where the run writes
-IMAGE_SIZE = 28         # pixels a side
-LIMIT = 0               # only the first N images; 0 = all
-FLIP = False            # mirror images at random; not for digits
-EPOCHS = 50             # stop after N epochs, those before a resume among them
-MAX_STEPS = 0           # stop after N steps, if that is sooner; 0 = no limit
-BATCH_SIZE = 128        # images in a step
+IMAGE_SIZE = 28         # height and width in pixels
+LIMIT = 0               # use only N images, evenly spaced over the set; 0 = all
+FLIP = False            # mirror half of the images; not for digits
+EPOCHS = 50             # length of training, with the epochs before a resume
+BATCH_SIZE = 128        # images in a training step
 LR = 2e-4               # learning rate of both Adam optimizers
-BETA1 = 0.5             # Adam: decay of the average gradient
-BETA2 = 0.999           # Adam: decay of the average squared gradient
-CONDITIONAL = True      # give both networks the label
-LATENT = 100            # numbers in z, the noise that becomes an image
-WIDTH = 128             # units of the first layer of G; others have up to 8 times as many
-EMA = 0.999             # decay of the averaged G that samples come from; 0 = the latest G
-SEED = 0                # of initial weights, noise and the order of images
-DEVICE = "auto"         # cuda, mps or cpu; auto = the first of them that there is
+BETA1 = 0.5             # Adam's beta1, the decay of its mean gradient; beta2 is 0.999
+CONDITIONAL = True      # give the labels to both networks; --no-conditional: the original GAN
+LATENT = 100            # length of z, the random vector that G turns into an image
+WIDTH = 128             # units in the first layer of G; the others have up to 8 times as many
+EMA = 0.999             # decay of the averaged G that draws the samples; 0 = no averaging
+SEED = 0                # decides initial weights, noise and the order of images
+run_keys = [k for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, str))]
+
+# ---- settings of this call
+
+DATA_DIR = "data"       # where the named sets are found, downloaded and cached
+OUT_DIR = "out/cgan"    # the folder of the run
+MAX_STEPS = 0           # end training at step N, if that is before the last epoch; 0 = no limit
+DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
-COMPILE = True          # use torch.compile (on CUDA only)
+COMPILE = True          # use torch.compile, on CUDA where Triton is installed
 LOG_EVERY = 50          # steps between two rows of the log
-SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = none
+SAVE_EVERY = 60         # seconds between two checkpoints
+SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images; 0 = none
-RESUME = False          # go on from ckpt.pt in OUT_DIR
-SAMPLE = 0              # do not train; write N images to OUT_DIR/generated, in place of older ones
-LABEL = ""              # with --sample: classes in turn, e.g. 7 or 2,0,2,6; default: all in turn
+RESUME = False          # continue the run in OUT_DIR with its settings; flags given now win
+SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
+LABEL = ""              # classes to draw, in turn: 7, or 2,0,2,6; empty = all classes
 
 # ---- networks
 
 
 def join(x, y, classes):
-    """x (B, n) and labels y (B,) -> (B, n + classes), with labels one-hot (section 3.2)."""
+    """x (B, n) and labels y (B,) -> (B, n + classes), with one-hot labels (section 3.2)."""
     if classes == 0:
         return x
     return torch.cat([x, one_hot(y, classes).to(x.dtype)], 1)
 
 
 class Generator(nn.Module):
-    """z (B, latent) from N(0, 1) and labels (B,) -> images (B, *shape) in [-1, 1]."""
+    """z (B, latent) from N(0, I) and labels (B,) -> images (B, *shape) in [-1, 1]."""
 
     def __init__(self, shape=(1, 28, 28), classes=10, latent=100, width=128):
         super().__init__()
-        self.shape, self.classes = shape, classes
+        self.shape, self.classes, self.latent = shape, classes, latent
         sizes = [latent + classes, width, 2 * width, 4 * width, 8 * width]
         layers = []
-        for a, b in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.LeakyReLU(0.2, True)]
+        for n_in, n_out in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2, True)]
         layers += [nn.Linear(sizes[-1], math.prod(shape)), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
@@ -93,238 +95,242 @@ class Discriminator(nn.Module):
         self.classes = classes
         sizes = [math.prod(shape) + classes, 4 * width, 4 * width, 4 * width]
         layers = []
-        for a, b in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(a, b), nn.LeakyReLU(0.2, True)]
+        for n_in, n_out in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(0.2, True)]
         layers += [nn.Linear(sizes[-1], 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x, y=None):
-        return self.layers(join(x.flatten(1), y, self.classes)).flatten()
+        logits = self.layers(join(x.flatten(1), y, self.classes))
+        return logits.flatten().float()  # losses are computed in float32
 
 
-# ---- losses (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661): binary cross-entropy
-# With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
+# ---- the method (Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661)
 
 
-def loss_d(real_logit, fake_logit):
-    """Minus what D maximizes: log D(x) + log(1 - D(G(z))) (Algorithm 1)."""
-    return softplus(-real_logit).mean() + softplus(fake_logit).mean()
+def train_step(G, D, opt_G, opt_D, x, y, z, autocast):
+    """Update D, then G, on the same generated images (Algorithm 1 with k = 1).
+
+    x: real images (B, C, H, W) in [-1, 1]; y: their labels (B,), which G(z) gets, too;
+    z: noise (B, latent)
+    Both losses are binary cross-entropy. With D = sigmoid(logit), -log D = softplus(-logit) and
+    -log(1 - D) = softplus(logit), which do not overflow.
+    Returns the images G(z), loss_D, loss_G, and D(x) and D(G(z)), (B,), before the updates.
+    """
+    # D maximizes log D(x) + log(1 - D(G(z))); all of these also get the label y
+    with autocast:
+        fake = G(z, y)
+        real_logit, fake_logit = D(x, y), D(fake.detach(), y)
+    loss_D = softplus(-real_logit).mean() + softplus(fake_logit).mean()
+    opt_D.zero_grad()
+    loss_D.backward()
+    opt_D.step()
+
+    # G maximizes log D(G(z)). Minimizing log(1 - D(G(z))) would give it little gradient while D
+    # recognizes its images (section 3)
+    D.requires_grad_(False)  # computes no gradients for the weights of D: 9 % faster
+    with autocast:
+        logit = D(fake, y)
+    loss_G = softplus(-logit).mean()
+    opt_G.zero_grad()
+    loss_G.backward()
+    opt_G.step()
+    D.requires_grad_(True)
+
+    return fake, loss_D, loss_G, real_logit.sigmoid(), fake_logit.sigmoid()
 
 
-def loss_g(fake_logit):
-    """-log D(G(z)), whose gradient does not vanish where D is sure (section 3)."""
-    return softplus(-fake_logit).mean()
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema = decay * ema + (1 - decay) * net, for weights and for BatchNorm's statistics."""
+    for average, value in zip(ema.state_dict().values(), net.state_dict().values()):
+        if value.is_floating_point():  # not BatchNorm's counter of batches
+            average.lerp_(value, 1 - decay)
 
 
-# ---- train or sample
+@torch.no_grad()
+def generate(G, labels, num, seed, device):
+    """Yield `num` samples as uint8 batches (64, C, H, W), with these labels in turn.
+    (seed, i) alone decides the noise of batch i."""
+    for i in range(math.ceil(num / 64)):
+        torch.manual_seed((seed + 1) * 10**7 - 1 - i)  # counts down; training steps count up
+        z = torch.randn(64, G.latent).to(device)
+        y = labels[torch.arange(64 * i, 64 * i + 64) % len(labels)].to(device)
+        images = G(z, y)
+        yield ((images + 1) * 127.5).round().byte()[:num - 64 * i]
 
 
-def main(settings, ckpt):
-    """settings: the constants, for the checkpoint; ckpt: what a run starts from, or None."""
-    import data  # here, so that the networks above can be imported with torch alone
+# ---- a run
 
-    out = Path(OUT_DIR)
+
+def pick_device():
+    """The device, and autocast in the precision that the flags ask for."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if DEVICE != "auto":
+        device = torch.device(DEVICE)
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = dict(auto=auto, bfloat16=True, float32=False)
+    if DTYPE not in bfloat16:
+        sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16[DTYPE])
+
+
+def load_checkpoint(path):
+    """The checkpoint of a run of this script. Exits if there is none."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        assert ckpt["script"] == "cgan"
+    except Exception as error:  # torch.load raises many types on a damaged file
+        sys.exit(f"error: {path} is not a checkpoint of cgan.py ({type(error).__name__}): "
+                 "train first, or give the --out_dir of a run")
+    return ckpt
+
+
+def pick_labels(classes):
+    """The class numbers of --label in a tensor; all classes by default."""
+    labels = range(max(classes, 1))
+    if LABEL:
+        labels = [int(label) for label in LABEL.split(",")]
+        if not set(labels) <= set(range(classes)):
+            sys.exit(f"error: --label {LABEL}: there are {classes} classes, counted from 0")
+    return torch.tensor(labels)
+
+
+def check_fixed(ckpt, **fixed):
+    """Exit if something that a run cannot change differs from the checkpoint."""
+    for key, value in fixed.items():
+        if value != ckpt["fixed"][key]:
+            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: "
+                     "give the same flags, or start a new run in another --out_dir")
+
+
+def train(out, ckpt=None):
+    """Train G and D, from the start or from a checkpoint. Writes its files into `out`."""
+    from tqdm import tqdm
+
+    import data
+
+    if "RANK" in os.environ:
+        sys.exit("error: cgan.py trains in one process: start it without torchrun")
     if not ckpt and (out / "ckpt.pt").exists():
-        sys.exit(f"error: {out} holds a run: give --resume to go on, or another --out_dir")
-    try:  # what can fail because of a flag or a file
-        if LABEL and not SAMPLE:
-            raise ValueError("--label goes with --sample")
-        device, bfloat16, compiled = data.pick_device(DEVICE, DTYPE, COMPILE)
-        if SAMPLE:
-            shape, classes = ckpt["shape"], ckpt["classes"]
-        else:
-            images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
-            if not CONDITIONAL:
-                labels = None
-            elif labels is None:
-                raise ValueError(f"{DATA} has no labels: give --no-conditional")
-            shape = list(images.shape[1:])
-            classes = int(labels.max()) + 1 if CONDITIONAL else 0
-            get_batch = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device)
-        known = [str(label) for label in range(classes)]
-        asked = LABEL.split(",") if LABEL else known
-        if not set(asked) <= set(known):
-            raise ValueError(f"--label {LABEL}: {out} has {classes} classes, counted from 0")
-        asked = torch.tensor([int(label) for label in asked])
-        columns = len(asked) if len(asked) > 1 else 8  # of a grid: a class in each column
-        if FID and not SAMPLE:
-            import fid
-            inception = fid.Inception().to(device)  # now, and not after training: it may fail
-        torch.manual_seed(SEED)
-        G = Generator(shape, classes, LATENT, WIDTH).to(device)
-        D = Discriminator(shape, classes, WIDTH).to(device)
-        ema = copy.deepcopy(G).eval().requires_grad_(False)
-        opt_G = torch.optim.Adam(G.parameters(), LR, (BETA1, BETA2), fused=True)
-        opt_D = torch.optim.Adam(D.parameters(), LR, (BETA1, BETA2), fused=True)
-        parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
-        if ckpt:
-            data.restore(parts, ckpt)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
+    device, autocast = pick_device()
+    images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
+    if CONDITIONAL and labels is None:
+        sys.exit(f"error: {DATA} has no labels: give --no-conditional")
+    classes = int(labels.max()) + 1 if CONDITIONAL else 0
+    batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device)
+    labels = pick_labels(classes)  # of the samples
 
-    @torch.no_grad()
-    def generate(count):
-        """Yield uint8 batches of samples 0, 1, ... count - 1; (SEED, i) alone decides batch i."""
-        for i in range(math.ceil(count / 64)):
-            # seeds count down from the end of SEED's range; those of steps count up
-            generator = torch.Generator().manual_seed((SEED + 1) * 10**7 - 1 - i)
-            z = torch.randn(64, LATENT, generator=generator).to(device)
-            y = None
-            if classes:
-                numbers = torch.arange(64 * i, 64 * i + 64)
-                y = asked[numbers % len(asked)].to(device)
-            yield data.to_uint8(ema(z, y))[:count - 64 * i]
-
-    if SAMPLE:
-        data.remove_images(out / "generated")
-        for i, batch in enumerate(generate(SAMPLE)):
-            data.save_images(batch, out / "generated", first=64 * i)
-            if i == 0:
-                data.save_grid(batch, out / "generated.png", columns)
-        print(f"wrote {SAMPLE} images to {out / 'generated'}")
-        return
-
-    # running averages of loss_D, loss_G, D(x) and D(G(z)), on the device until a row of the log
-    average = torch.zeros(4, device=device)
+    torch.manual_seed(SEED)
+    shape = list(images.shape[1:])
+    G = Generator(shape, classes, LATENT, WIDTH).to(device)
+    D = Discriminator(shape, classes, WIDTH).to(device)
+    ema = copy.deepcopy(G).eval()
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), LR, (BETA1, 0.999), fused=True)
+                    for net in (G, D)]
+    parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
+    fixed = dict(shape=shape, classes=classes, latent=LATENT, width=WIDTH,
+                 seed=SEED, batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
     step, rows = 0, []
     if ckpt:
-        average.copy_(ckpt["average"])
-        step, rows = ckpt["step"], ckpt["log"]
-    names = ("loss_D", "loss_G", "D(x)", "D(G(z))")
-    log = data.Log(out / "log.csv", names, step, rows)
-    if compiled:
+        check_fixed(ckpt, **fixed)
+        step, rows = ckpt["step"], ckpt["rows"]
+        for name, part in parts.items():
+            part.load_state_dict(ckpt[name])
+        for opt in (opt_G, opt_D):
+            opt.param_groups[0].update(lr=LR, betas=(BETA1, 0.999))
+    if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
         G.compile()
         D.compile()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    total = min(EPOCHS * len(get_batch), MAX_STEPS or math.inf)
-    done = step >= total
-    stop = data.catch_signals()  # a list, empty until Ctrl-C
-    saved_at = time.time()
 
-    while not done:
-        x, y = get_batch(step)
-        torch.manual_seed(SEED * 10**7 + step)  # the noise of a step depends on (SEED, step) alone
+    total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
+    began = time.time() - (rows[-1]["time"] if rows else 0)
+    saved, recent = 0, []  # time of the last checkpoint; statistics since the last row
+    bar = tqdm(range(step + 1, total + 1), initial=step, total=total)
+    for step in bar:
+        x, y = batches(step - 1)
+        torch.manual_seed(SEED * 10**7 + step)  # so that a resumed run draws the same noise
+        z = torch.randn(len(x), LATENT, device=device)
+        fake, loss_D, loss_G, p_real, p_fake = train_step(G, D, opt_G, opt_D, x, y, z, autocast)
+        update_ema(ema, G, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
+        recent.append(torch.stack([loss_D, loss_G, p_real.mean(), p_fake.mean()]).detach())
 
-        # D step: real and generated images have the same labels
-        with autocast:
-            fake = G(torch.randn(len(x), LATENT, device=device), y)
-            real_logit, fake_logit = D(x, y).float(), D(fake.detach(), y).float()
-        d = loss_d(real_logit, fake_logit)
-        opt_D.zero_grad()
-        d.backward()
-        opt_D.step()
+        epoch = math.ceil(step / len(batches))
+        if step % LOG_EVERY == 0 or step == total:  # here the loop waits for the GPU
+            means = torch.stack(recent).mean(0).tolist()
+            recent = []
+            norm = nn.utils.get_total_norm([*G.parameters(), *D.parameters()]).item()
+            if not math.isfinite(sum(means) + norm):
+                sys.exit(f"error: diverged by step {step}: try a lower --lr")
+            row = dict(zip(("loss_D", "loss_G", "D(x)", "D(G(z))"), means))
+            rows.append(dict(step=step, epoch=epoch, time=time.time() - began, **row))
+            bar.set_postfix(row)
+            data.save_table(rows, out / "log.csv")
+            if step == total or time.time() - saved > SAVE_EVERY:
+                ckpt = dict(
+                    script="cgan", settings={key: globals()[key] for key in run_keys}, fixed=fixed,
+                    step=step, rows=rows, **{name: part.state_dict() for name, part in parts.items()})
+                torch.save(ckpt, out / "ckpt.tmp")
+                os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
+                saved = time.time()
+        if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
+            name = f"epoch_{epoch:04}.png"
+            samples = next(generate(ema, labels, 64, SEED, device))
+            data.save_grid(samples, out / "samples" / name, len(labels))
+            data.save_curves(rows, out / "loss.png")
+            data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
-        # G step, on the same generated images
-        D.requires_grad_(False)
-        with autocast:
-            logit = D(fake, y).float()
-        g = loss_g(logit)
-        opt_G.zero_grad()
-        g.backward()
-        opt_G.step()
-        D.requires_grad_(True)
-
-        with torch.no_grad():
-            decay = min(EMA, (1 + step) / (10 + step))  # low at first: initial weights fade soon
-            for mean, value in zip(ema.state_dict().values(), G.state_dict().values()):
-                if value.is_floating_point():  # weights, and the statistics of BatchNorm
-                    mean.lerp_(value, 1 - decay)
-            step += 1
-            p_real, p_fake = real_logit.sigmoid(), fake_logit.sigmoid()
-            values = torch.stack([d, g, p_real.mean(), p_fake.mean()])
-            average.lerp_(values, max(0.05, 1 / step))  # over about 20 steps
-
-        done = step >= total or bool(stop)
-        epoch = math.ceil(step / len(get_batch))
-        epoch_ends = step % len(get_batch) == 0
-        log_now = step == 1 or step % LOG_EVERY == 0
-        save_now = done or epoch_ends or time.time() - saved_at > 600
-        if log_now or save_now:  # only here does the loop wait for the GPU
-            tensors = [average, *G.parameters(), *D.parameters()]
-            if not all(tensor.isfinite().all() for tensor in tensors):
-                sys.exit(f"error: training diverged by step {step}: try a lower --lr "
-                         f"(an earlier checkpoint in {out} stays as it was)")
-        if log_now:
-            values = average.tolist()
-            note = "  D wins: see README" if values[2] > 0.98 and values[3] < 0.02 else ""
-            log.write(step, total, epoch, len(x), values, note)
-        if save_now:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state.update(model=Path(__file__).stem, step=step, average=average, log=log.rows,
-                         config=settings, shape=shape, classes=classes)
-            torch.save(state, out / "ckpt.pt.tmp")
-            os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
-            saved_at = time.time()
-        if SAMPLE_EVERY and not stop and (done or (epoch_ends and epoch % SAMPLE_EVERY == 0)):
-            picture = f"epoch_{epoch:04}.png"
-            grid = torch.cat(list(generate(10 * columns)))
-            data.save_grid(grid, out / "samples" / picture, columns)
-            data.save_gif(out / "samples", out / "samples.gif")
-            data.save_plot(out / "loss.png", "step", loss=log.curves("loss_D", "loss_G"),
-                           D=log.curves("D(x)", "D(G(z))"))
-            data.save_plot(
-                out / "prob" / picture, "value",
-                D=dict(real=data.density(p_real, 0), generated=data.density(p_fake, 0)),
-                pixels=dict(real=data.density(x, -1), generated=data.density(fake.detach(), -1)))
-
-    data.set_handlers(signal.SIG_DFL)
-    if stop:
-        print(f"stopped at step {step} and saved: go on with --resume --out_dir {out}")
-        sys.exit(128 + stop[0])
-    print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
+    print(f"{out / 'ckpt.pt'} is at step {step} of {total}: --resume --epochs N continues the run")
     if FID:
-        distance = fid.compare(generate(FID), images, FID, SEED, inception)
-        print(f"FID {distance:.4f} of {FID} samples")
+        import fid
+        samples = generate(ema, labels, FID, SEED, device)
+        print(f"FID {fid.compare(samples, images, FID, SEED, device):.4f} of {FID} samples")
 
 
-# ---- flags
+def write_samples(out, ckpt):
+    """Write SAMPLE images of the averaged G into out/generated, and a grid of the first 64."""
+    import data
+
+    device, _ = pick_device()
+    shape, classes = [ckpt["fixed"]["shape"][0], IMAGE_SIZE, IMAGE_SIZE], ckpt["fixed"]["classes"]
+    check_fixed(ckpt, shape=shape, latent=LATENT, width=WIDTH)
+    labels = pick_labels(classes)
+    G = Generator(shape, classes, LATENT, WIDTH).to(device).eval()
+    G.load_state_dict(ckpt["ema"])
+    data.save_samples(generate(G, labels, SAMPLE, SEED, device), SAMPLE, out, len(labels))
 
 
-def parse_flags(argv=None):
-    """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
-    A flag wins over the checkpoint, and that over the constants at the top of this file."""
-    source = Path(__file__).read_text("utf-8")
-    comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
-    settings = {name: globals()[name] for name in comments}
+def parse_flags():
+    """The flags that were given, like {"LR": 1e-4}. Each constant is one, its comment the help."""
+    source = Path(__file__).read_text("utf-8").replace("%", "%%")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name, default in settings.items():
-        kind = dict(type=type(default))
-        if isinstance(default, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        flag = f"--{name.lower()}"
-        spellings = {flag: None, flag.replace("_", "-"): None}  # a dict has no doubles
-        parser.add_argument(*spellings, dest=name, **kind,
-                            help=f"{comments[name]} (default: {default})")
-    flags = vars(parser.parse_args(argv))
-    not_zero = "IMAGE_SIZE EPOCHS BATCH_SIZE LR LATENT WIDTH LOG_EVERY SAMPLE".split()
-    for name, value in flags.items():
-        limit = 1 if name in ("EMA", "BETA1", "BETA2") else 2**32
-        if isinstance(value, str):
-            continue
-        if not 0 <= value < limit or value == 0 and name in not_zero:
-            parser.error(f"--{name.lower()} {value} is out of range: {comments[name]}")
-
-    settings.update(flags)
-    if not settings["RESUME"] and not settings["SAMPLE"]:
-        return settings, None
-    path = Path(settings["OUT_DIR"], "ckpt.pt")
-    if not path.exists():
-        parser.error(f"there is no {path}: train first, or give the --out_dir of a run")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["model"] != Path(__file__).stem:
-            raise ValueError(f"it belongs to {ckpt['model']}, or to an older version")
-    except Exception as error:  # torch raises nearly anything on a damaged file
-        parser.error(f"{path} is not a checkpoint of this script: {error!r}")
-    local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL".split()
-    settings.update({k: v for k, v in ckpt["config"].items() if k not in local})  # as in the run
-    settings.update(flags)
-    return settings, ckpt
+    for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
+        default = globals()[key]
+        is_bool = isinstance(default, bool)
+        kind = dict(action=argparse.BooleanOptionalAction) if is_bool else dict(type=type(default))
+        parser.add_argument(f"--{key.lower()}", dest=key, **kind,
+                            help=f"{comment} (default: {default})")
+    return vars(parser.parse_args())
 
 
 if __name__ == "__main__":
-    settings, ckpt = parse_flags()
-    globals().update(settings)
-    main(settings, ckpt)
+    import data
+
+    flags = parse_flags()
+    globals().update(flags)
+    out = Path(OUT_DIR).expanduser()
+    ckpt = load_checkpoint(out / "ckpt.pt") if RESUME or SAMPLE else None
+    if ckpt:  # a run keeps its settings; only a flag that is given now changes one
+        for key, value in ckpt["settings"].items():
+            if key not in flags and value != globals()[key]:
+                print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
+                globals()[key] = value
+    try:
+        write_samples(out, ckpt) if SAMPLE else train(out, ckpt)
+    except data.Error as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: --resume --out_dir {out} goes on from the last checkpoint")

@@ -1,35 +1,40 @@
-"""Image sets in, batches and picture files out: what the scripts share that is not about a model.
+"""Image sets in, batches and files out: what the scripts share that is not about a model.
 
     images, labels = load("celeba", 64)        # uint8 (N, 3, 64, 64), memory-mapped; None
-    get_batch = Batches(images, labels, 128)
-    x, y = get_batch(step=0)                   # float (128, 3, 64, 64) in [-1, 1]; None
+    batches = Batches(images, labels, 128)
+    x, y = batches(0)                          # float (128, 3, 64, 64) in [-1, 1]; None
 
-A set is decoded once into a uint8 array (N, H, W, C) under data_dir and memory-mapped: no worker
-processes, and memory does not grow with the set. Mistakes of users raise ValueError or OSError."""
+A set is decoded once into a uint8 array (N, H, W, C) in a file under data_dir, which is then
+memory-mapped: no worker processes, and memory does not grow with the set.
+"""
 import csv
-import glob
 import hashlib
-import importlib.util
 import io
 import json
 import os
-import re
-import signal
 import sys
-import time
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
-CELEBA_URL = "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip"
+CELEBA_URLS = (
+    "https://s3.amazonaws.com/pytorch-tutorial-assets/img_align_celeba.zip",
+    "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip",
+)
 CELEBA_MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
+NAMED = ("celeba", "mnist", "toy-faces", "toy-digits")
 TOY_COUNT = 10_000  # images in a toy set
+
+
+class Error(Exception):
+    """A mistake of the user. The scripts print it in one line."""
 
 
 # ---- load: any source -> one uint8 array
@@ -40,39 +45,173 @@ def load(name, size, data_dir="data", limit=0):
 
     name: celeba, mnist, toy-faces or toy-digits, or the path of a folder, .zip, .npy or .npz
     size: images are cropped to the largest centred square, then resized to size x size pixels
-    limit: only the first `limit` images; 0 = all
+    limit: take only so many images, evenly spaced over the set; 0 = all
+    Raises Error if there is no such set or no image in it.
     """
-    from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
-
-    data_dir = Path(data_dir)
-    path = Path(name).expanduser()
+    data_dir, path = Path(data_dir).expanduser(), Path(name).expanduser()
+    if name not in NAMED and not path.exists():
+        raise Error(f"no data {name}: give a folder, .zip, .npy or .npz, or {', '.join(NAMED)}")
     if name == "celeba":
-        source = find_celeba(data_dir / "celeba")
-        array, labels = load_files(source, name, size, data_dir)
+        return load_files(find_celeba(data_dir / "celeba"), name, size, data_dir, limit)
+    if name not in NAMED and path.suffix.lower() not in (".npy", ".npz"):
+        return load_files(path, path.stem, size, data_dir, limit)
+    if name in ("toy-faces", "toy-digits"):
+        array, labels = draw_toys(name, size, limit)
     elif name == "mnist":
         array, labels = load_mnist(data_dir)
-    elif name in ("toy-faces", "toy-digits"):
-        array, labels = draw_toys(name, size, limit or TOY_COUNT)
-    elif not path.exists():
-        raise ValueError(f"no data {name}: give celeba, mnist, toy-faces, toy-digits or a path")
-    elif path.suffix.lower() in (".npy", ".npz"):
-        array, labels = read_array(path), None
     else:
-        array, labels = load_files(path, path.stem, size, data_dir)
-    images = torch.from_numpy(array)[:limit or None].permute(0, 3, 1, 2)
-    if images.shape[2:] != (size, size):  # mnist, or an array of another size
-        images = center_crop(images, min(images.shape[2:]))
-        images = resize(images, [size, size])
-    if labels is not None:
-        labels = torch.from_numpy(labels)[:limit or None]
-    return images, labels
+        array, labels = read_array(path), None
+    if 0 < limit < len(array):
+        chosen = evenly_spaced(len(array), limit)
+        array, labels = array[chosen], None if labels is None else labels[chosen]
+    images = torch.from_numpy(array).permute(0, 3, 1, 2)
+    if images.shape[2:] != (size, size):
+        from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
+
+        images = resize(center_crop(images, min(images.shape[2:])), [size, size])
+    return images, None if labels is None else torch.from_numpy(labels)
+
+
+def evenly_spaced(total, num):
+    return np.arange(num) * total // num
+
+
+# ---- folders and .zip files
+
+
+def load_files(path, name, size, data_dir, limit=0):
+    """Images and labels of a folder or .zip, as load() returns them. They are decoded once."""
+    names, open_file = list_files(path)
+    if 0 < limit < len(names):
+        names = [names[i] for i in evenly_spaced(len(names), limit)]
+    cache = data_dir / f"{name[:50]}{size}-{fingerprint(path, names)}.npy"
+    index = cache.with_suffix(".json")  # written last, so that it stands for a whole cache
+    if not index.exists():
+        kept, grey = decode_all(names, open_file, size, cache)
+        with replacing(index) as tmp:
+            tmp.write_text(json.dumps(dict(names=kept, channels=1 if grey else 3)))
+    index = json.loads(index.read_text())
+    array = np.load(cache, mmap_mode="c")[..., :index["channels"]]  # c: torch wants a writable one
+    return torch.from_numpy(array).permute(0, 3, 1, 2), folder_labels(index["names"])
+
+
+def list_files(path):
+    """The names of all files in a folder or .zip, sorted, and a function that opens one of them.
+
+    Hidden files are left out. A .zip is read in memory, so it does not matter where its names lead.
+    """
+    if path.is_dir():
+        names, seen = [], set()
+        for folder, subfolders, files in os.walk(path, followlinks=True):
+            if os.path.realpath(folder) in seen:  # a link to a folder that was listed before
+                subfolders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            files = [Path(folder, file) for file in files]
+            names += [file.relative_to(path).as_posix() for file in files if file.exists()]
+        open_file = partial(open_in_folder, path)
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise Error(f"{path} is not a folder, .zip, .npy or .npz: {error}") from error
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+        open_file = partial(open_in_zip, archive)
+    return sorted(name for name in names if "/." not in f"/{name}"), open_file
+
+
+def open_in_folder(folder, name):
+    return open(folder / name, "rb")
+
+
+def open_in_zip(archive, name):
+    return io.BytesIO(archive.read(name))
+
+
+def fingerprint(path, names):
+    """Eight characters that change when a file changes its name, size or time."""
+    files = [path / name for name in names] if path.is_dir() else [path]
+    stats = [os.stat(file) for file in files]
+    state = [str(path.resolve()), names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:8]
+
+
+def decode_all(names, open_file, size, cache):
+    """Write all images to the file `cache`, as uint8 (N, size, size, 3). Returns the names of those
+    that could be read, and whether all of them are grey."""
+    decode = partial(decode_image, open_file, size=size)
+    header = dict(descr="|u1", fortran_order=False, shape=(0, size, size, 3))
+    kept, skipped, grey = [], [], True
+    with replacing(cache) as tmp, open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
+        np.lib.format.write_array_header_1_0(file, header)
+        decoded = tqdm(pool.map(decode, names), f"decoding into {cache}", len(names))
+        for name, (pixels, mode) in zip(names, decoded):
+            if pixels is None:
+                skipped.append(f"{name}: {mode}")
+                continue
+            file.write(pixels.tobytes())
+            kept.append(name)
+            grey = grey and mode in ("1", "L", "LA", "La")
+        report_skipped(skipped, len(names))
+        file.seek(0)  # NumPy leaves room in the header for N
+        header["shape"] = (len(kept), size, size, 3)
+        np.lib.format.write_array_header_1_0(file, header)
+    return kept, grey
+
+
+def decode_image(open_file, name, size=None):
+    """An image as uint8 (H, W, 3), and its mode in Pillow's terms; or None and why it is not read.
+
+    size: crop the largest centred square, and resize it; None = leave the image as it is
+    """
+    try:
+        with open_file(name) as file, Image.open(file) as image:
+            mode = image.mode
+            if mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a channel, which Pillow would clip")
+            if size:
+                image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG faster
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            if size:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return np.array(image), mode
+    except Exception as error:  # Pillow and zipfile raise many types on damaged files
+        return None, error
+
+
+def report_skipped(skipped, total):
+    """Print what could not be read, and why. Raises Error if nothing could."""
+    reasons = "; ".join(skipped[:5]) + "; ..." * (len(skipped) > 5)
+    if len(skipped) == total:
+        raise Error(f"no readable image among {total} files. {reasons}")
+    if skipped:
+        print(f"skipped {len(skipped)} of {total} files: {reasons}", file=sys.stderr)
+
+
+def folder_labels(names):
+    """Class numbers (N,), by the names of the innermost folders. None if there are fewer than two
+    such names, or if a file lies outside of them, in a folder around other folders."""
+    folders = [PurePosixPath(name).parent for name in names]
+    around = {parent for folder in set(folders) for parent in folder.parents}
+    classes = sorted({folder.name for folder in folders})
+    if len(classes) < 2 or not around.isdisjoint(folders):
+        return None
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
+    print("classes:", ", ".join(f"{i} = {name}" for i, name in enumerate(classes)), file=sys.stderr)
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[folder.name] for folder in folders])
 
 
 @contextmanager
 def replacing(path):
-    """The name of a file to write beside `path`. It is renamed to `path` if all goes well."""
+    """The name of a file to write beside `path`; it takes its place if nothing is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{os.getpid()}-{path.name}")  # another run may write the same file
+    tmp = path.with_name(f".{os.getpid()}-{path.name}")  # another process may write the same file
     try:
         yield tmp
         os.replace(tmp, path)
@@ -80,141 +219,40 @@ def replacing(path):
         tmp.unlink(missing_ok=True)
 
 
-def cached(path, items, decode):
-    """The array (N, H, W, C) of decode(item) for all items, memory-mapped, and a list of the items.
-    It is made once, as the file `path`. Items that decode() returns None for are left out."""
-    list_path = path.with_suffix(".json")
-    if not path.exists():
-        print(f"preparing {path} (once)", file=sys.stderr)
-        kept = []
-        with replacing(path) as tmp, ThreadPoolExecutor() as pool:
-            for item, pixels in zip(items, pool.map(decode, items)):
-                if pixels is None:
-                    continue
-                if not kept:
-                    shape = (len(items), *pixels.shape)
-                    array = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
-                array[len(kept)] = pixels
-                kept.append(item)
-            report_skipped(sorted(set(items) - set(kept)), len(items))
-            if len(kept) < len(items):
-                with replacing(tmp) as shorter:
-                    np.save(shorter, array[:len(kept)])
-            with replacing(list_path) as list_tmp:  # in place before the array is
-                list_tmp.write_text(json.dumps(kept))
-    array = np.load(path, mmap_mode="c")  # c: torch asks for a writable array
-    return array, json.loads(list_path.read_text())
-
-
-def report_skipped(skipped, total):
-    """Name the files that could not be read, on stderr. ValueError if no other file is left."""
-    if len(skipped) == total:
-        raise ValueError("the data has no readable image")
-    if skipped:
-        names = ", ".join(skipped[:5])
-        print(f"skipped {len(skipped)} of {total} files, unreadable: {names}", file=sys.stderr)
-
-
-# ---- files and arrays
-
-
-def load_files(path, name, size, data_dir):
-    """The images of a folder, searched recursively, or of a .zip. Class sub-folders are labels."""
-    names, open_file = list_files(path)
-    cache = data_dir / f"{name}{size}-{fingerprint(path, names)}.npy"
-    grey = not cache.exists() and all(is_grey(open_file, file) for file in names)
-
-    def decode(file):
-        try:
-            image = read_image(open_file(file), "L" if grey else "RGB", size)
-        except Exception:  # a damaged file makes Pillow raise nearly anything
-            return None
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image).reshape(size, size, -1)
-
-    array, names = cached(cache, names, decode)
-    return array, folder_labels(names)
-
-
-def list_files(path):
-    """The names of all files in a folder or .zip, and a function from a name to its path or file.
-    Hidden files are left out. A .zip is read in memory: it does not matter where its paths lead."""
-    if path.is_dir():
-        names = glob.glob("**", root_dir=path, recursive=True)
-        names = [name for name in names if (path / name).is_file()]
-        return sorted(names), lambda name: path / name
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a folder, a whole .zip, a .npy or a .npz") from error
-    names = [name for name in archive.namelist() if not re.search(r"/$|^\.|/\.", name)]
-    return sorted(names), lambda name: io.BytesIO(archive.read(name))
-
-
-def fingerprint(path, names):
-    """Eight characters that change when a file changes its name, size or time."""
-    states = [path.resolve(), *names]
-    for file in [path / name for name in names] if path.is_dir() else [path]:
-        stat = file.stat()
-        states += [stat.st_size, stat.st_mtime_ns]
-    return hashlib.sha256(repr(states).encode()).hexdigest()[:8]
-
-
-def read_image(file, mode="RGB", size=None):
-    """An image file -> an upright Pillow image. ValueError on 16-bit images.
-    size: a large JPEG may be read at a fraction of its size, if that is at least 2 * size."""
-    image = Image.open(file)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("16-bit images are not read: Pillow would clip them")
-    if size:
-        image.draft(mode, (2 * size, 2 * size))
-    return ImageOps.exif_transpose(image).convert(mode)
-
-
-def is_grey(open_file, name):
-    """Whether an image file has no colour, or cannot be read."""
-    try:
-        return Image.open(open_file(name)).mode in ("1", "L", "LA", "I", "I;16", "F")
-    except Exception:  # read_image() will raise it again
-        return True
-
-
-def folder_labels(names):
-    """Class numbers in the order of folder names, if every file is in a class folder; else None."""
-    folders = [Path(name).parts[:-1] for name in names]
-    depth = len(os.path.commonprefix(folders))  # a folder around all files is not a class
-    folders = ["".join(folder[depth:depth + 1]) for folder in folders]
-    classes, labels = np.unique(folders, return_inverse=True)
-    return labels if len(classes) > 1 and "" not in classes else None
+# ---- arrays and named sets
 
 
 def read_array(path):
-    """A .npy, memory-mapped, or arr_0 of a .npz: uint8 (N, H, W, C), or (N, H, W) with C = 1."""
+    """A .npy, memory-mapped, or arr_0 of a .npz, as uint8 (N, H, W, C). C = 1 may be left out."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
         array = array if isinstance(array, np.ndarray) else array["arr_0"]
-    except Exception as error:  # a damaged file makes NumPy raise nearly anything
-        raise ValueError(f"{path} is not a readable array: {error}") from error
-    array = array[..., None] if array.ndim == 3 else array
-    if array.dtype != np.uint8 or array.shape[3:] not in ((1,), (3,)) or not array.size:
-        raise ValueError(f"{path} is {array.dtype} {array.shape}: give uint8 (N, H, W, 1 or 3)")
+    except Exception as error:  # NumPy raises many types on damaged files
+        raise Error(f"{path} is not a readable array: {error}") from error
+    # (64, 64, 3) and (3, 64, 64) are one picture, and not 64 or 3 grey ones
+    if array.ndim == 3 and array.shape[0] > 4 and array.shape[2] > 4:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
+        raise Error(f"{path} is {array.dtype} {array.shape}: give uint8 (N, H, W, 1 or 3)")
     return array
 
 
 def find_celeba(home):
-    """The folder or .zip of CelebA under `home`; it is downloaded if there is neither."""
+    """The folder or .zip of CelebA's aligned images under `home`; downloads it if it is missing."""
     for path in (home / "img_align_celeba", home / "img_align_celeba.zip"):
         if path.exists():
             return path
     from torchvision.datasets.utils import download_url  # slow to import
 
-    with replacing(path) as tmp:
+    for url in CELEBA_URLS:
         try:
-            download_url(CELEBA_URL, str(home), tmp.name, CELEBA_MD5)
+            with replacing(path) as tmp:
+                download_url(url, str(home), tmp.name, CELEBA_MD5)
+            return path
         except (OSError, RuntimeError) as error:  # no network, or another checksum
-            raise OSError(f"cannot download CelebA ({error}): put img_align_celeba.zip into "
-                          f"{home}, or try --data toy-faces") from error
-    return path
+            reason = error
+    raise Error(f"cannot download CelebA ({reason}): put img_align_celeba.zip into {home}, or try "
+                "--data toy-faces")
 
 
 def load_mnist(data_dir):
@@ -224,26 +262,26 @@ def load_mnist(data_dir):
     try:
         digits = MNIST(str(data_dir), download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:  # offline, or damaged
-        raise OSError(f"cannot get MNIST: put its four files into {data_dir / 'MNIST' / 'raw'}, or "
-                      "try --data toy-digits") from error
+        raise Error(f"cannot read MNIST ({error}): put its four files into "
+                    f"{data_dir / 'MNIST' / 'raw'}, or try --data toy-digits") from error
     return digits.data.numpy()[..., None], digits.targets.numpy()
 
 
-def draw_toys(name, size, count):
+def draw_toys(name, size, limit=0):
     """A set that needs no download: drawn faces, or digits, of which number i shows i mod 10."""
+    numbers = tqdm(range(limit or TOY_COUNT), f"drawing {name}")
     if name == "toy-faces":
-        return np.stack([draw_face(i, size) for i in range(count)]), None
-    return np.stack([draw_digit(i, size) for i in range(count)]), np.arange(count) % 10
+        return np.stack([draw_face(i, size) for i in numbers]), None
+    return np.stack([draw_digit(i, size) for i in numbers]), np.arange(len(numbers)) % 10
 
 
 def draw_digit(number, size):
     """The digit number mod 10, of random place, form and brightness: uint8 (size, size, 1)."""
     rng = np.random.default_rng(number)
     image = Image.new("L", (64, 64))
-    font = ImageFont.load_default(48)
     ink = int(rng.integers(150, 256))
     pen = ImageDraw.Draw(image)
-    pen.text((32, 32), str(number % 10), ink, font, anchor="mm", stroke_width=1)
+    pen.text((32, 32), str(number % 10), ink, ImageFont.load_default(48), "mm", stroke_width=1)
     # pixel p of the result shows point matrix @ p + shift: turned, sheared and scaled
     matrix = (np.eye(2) + rng.uniform(-0.25, 0.25, (2, 2))) * 52 / size
     shift = 32 - matrix @ rng.uniform(0.45 * size, 0.55 * size, 2)
@@ -257,25 +295,18 @@ def draw_face(number, size):
     """A cartoon face of random shape and colours: uint8 (size, size, 3)."""
     rng = np.random.default_rng(number)
     hue, dull, light, tone = rng.integers((0, 20, 25, 35), (360, 70, 75, 80))
-    wall = f"hsl({hue}, {dull}%, {light}%)"
-    shirt = f"hsl({360 - hue}, {dull}%, {90 - light}%)"
-    skin = f"hsl(25, {dull}%, {tone}%)"
+    w, h, gap, long = rng.uniform((0.2, 0.29, 0.09, 0), (0.28, 0.35, 0.12, 0.4))
     hair = f"hsl(35, {dull}%, {100 - light}%)"
-    w = rng.uniform(0.2, 0.28)
-    h = rng.uniform(0.29, 0.35)
-    gap = rng.uniform(0.09, 0.12)
-    long = rng.uniform(0, 0.4)
     ellipses = [  # x, y, radius in x and y, colour; (0, 0) is the middle, 1 the picture's side
-        (0, 0.58, 0.42, 0.28, shirt),
+        (0, 0.58, 0.42, 0.28, f"hsl({360 - hue}, {dull}%, {90 - light}%)"),
         (0, long, w + 0.07, h * 0.8, hair),
         (0, -0.05, w + 0.06, h + 0.06, hair),
-        (0, 0, w, h, skin),
+        (0, 0, w, h, f"hsl(25, {dull}%, {tone}%)"),
         (0, 0.16, 0.09, 0.03, "brown"),
     ]
     for x in (-gap, gap):
-        ellipses.append((x, -0.05, 0.06, 0.045, "white"))
-        ellipses.append((x, -0.05, 0.03, 0.03, "navy"))
-    image = Image.new("RGB", (4 * size, 4 * size), wall)
+        ellipses += [(x, -0.05, 0.06, 0.045, "white"), (x, -0.05, 0.03, 0.03, "navy")]
+    image = Image.new("RGB", (4 * size, 4 * size), f"hsl({hue}, {dull}%, {light}%)")
     pen = ImageDraw.Draw(image)
     for x, y, rx, ry, colour in ellipses:
         box = np.array((x - rx, y - ry, x + rx, y + ry)) + 0.5
@@ -289,42 +320,47 @@ def draw_face(number, size):
 
 
 class Batches:
-    """x, y = get_batch(step): the batch of any step, which depends on (seed, step) alone.
-    x: float (B, C, H, W) in [-1, 1]; y: int64 (B,), or None without labels; both on the device
+    """x, y = batches(i): batch i = 0, 1, ... of endless epochs; (seed, i) alone decides it.
 
-    An epoch, len(get_batch) steps, has an order of its own and drops its last partial batch; a set
-    smaller than a batch is one short batch. flip: mirror half of each batch."""
+    x: float (B, C, H, W) in [-1, 1]; y: int64 (B,), or None without labels; both on the device
+    Each epoch, of len(batches) batches, has its own order and drops its last partial batch. A set
+    that is smaller than a batch is one short batch.
+    flip: mirror half of each batch
+    rank, world: return part `rank` of the `world` equal parts of each batch
+    """
 
     def __init__(self, images, labels, batch_size, seed=0, flip=False, device="cpu",
-                 memory_format=torch.channels_last):
+                 memory_format=torch.contiguous_format, rank=0, world=1):
+        self.size = min(batch_size, len(images))
+        if self.size < 1 or self.size % world:
+            raise Error(f"batches of {self.size} images: give 1 or more, a multiple of {world}")
         on_cuda = torch.device(device).type == "cuda"
         if on_cuda and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            images = images.to(device)  # the whole set, as uint8: no copies in a step
-        self.pin = on_cuda and images.is_cpu  # else a batch is copied while the GPU works
+            images = images.to(device)  # the whole set: then a step copies nothing to the GPU
+        self.pin = on_cuda and images.is_cpu  # a batch is copied while the GPU works
         self.rows = images.permute(0, 2, 3, 1)  # as load() stores them: an image is contiguous
         self.labels = None if labels is None else labels.to(images.device)
-        self.size = min(batch_size, len(images))
-        self.seed, self.flip = seed, flip
+        self.seed, self.flip, self.rank, self.world = seed, flip, rank, world
         self.device, self.memory_format = device, memory_format
         self.epoch = None
 
     def __len__(self):
         return len(self.rows) // self.size
 
-    def __call__(self, step):
-        epoch, i = divmod(step, len(self))
+    def __call__(self, i):
+        epoch, place = divmod(i, len(self))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)
             order = torch.randperm(len(self.rows), generator=generator)  # the same on all devices
             self.order, self.epoch = order.to(self.rows.device), epoch
-        chosen = self.order[i * self.size:(i + 1) * self.size]
+        share = self.size // self.world
+        first = place * self.size + self.rank * share
+        chosen = self.order[first:first + share]
         x = self.to_device(self.rows.index_select(0, chosen))
-        y = None
-        if self.labels is not None:
-            y = self.to_device(self.labels[chosen])
+        y = None if self.labels is None else self.to_device(self.labels[chosen])
         x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.flip:
-            half = (len(x) + step % 2) // 2  # in turn more and less than half, if len(x) is odd
+            half = (len(x) + i % 2) // 2  # in turn more and less than half, if len(x) is odd
             x[:half] = x[:half].flip(3)
         return x.contiguous(memory_format=self.memory_format), y
 
@@ -333,168 +369,75 @@ class Batches:
         return batch.to(self.device, non_blocking=self.pin)
 
 
-# ---- picture files
+# ---- files
 
 
-def to_uint8(x):
-    """Images in [-1, 1] -> uint8, the inverse of what Batches does."""
-    x = (x.float() + 1) * 127.5
-    return x.round().clamp(0, 255).byte()
-
-
-def remove_images(folder):
-    """Remove what save_images() wrote, and nothing else."""
+def save_samples(batches, num, out, columns=8):
+    """Write `num` images, given in uint8 batches, to out/generated/000000.png, ..., in place of
+    older ones, and a grid of the first batch to out/generated.png."""
+    folder = out / "generated"
     for file in folder.glob("[0-9]" * 6 + ".png"):
         file.unlink()
-
-
-def save_images(images, folder, first):
-    """Write uint8 images (N, C, H, W) as 000000.png and so on; the first has the number `first`."""
-    for number, image in enumerate(images, first):
-        save_image(image, folder / f"{number:06}.png")
+    folder.mkdir(exist_ok=True)
+    first = 0
+    with tqdm(total=num, unit="image") as bar:
+        for images in batches:
+            for number, image in enumerate(images, first):
+                save_image(image, folder / f"{number:06}.png")
+            if first == 0:
+                save_grid(images, out / "generated.png", columns)
+            first += len(images)
+            bar.update(len(images))
+    print(f"wrote {num} images into {folder}")
 
 
 def save_grid(images, path, columns=8):
-    """Write uint8 images (N, C, H, W) as one picture, row by row."""
+    """Write uint8 images (N, C, H, W) as one picture, in full rows. columns=1 gives 8, too."""
     from torchvision.utils import make_grid
 
-    save_image(make_grid(images, columns), path)
+    columns = columns if columns > 1 else 8
+    rows = max(1, len(images) // columns)
+    save_image(make_grid(images[:rows * columns], columns), path)
 
 
 def save_image(image, path):
     """Write one uint8 image (C, H, W)."""
-    pixels = image.cpu().permute(1, 2, 0).squeeze(2).numpy()
-    with replacing(path) as tmp:
-        Image.fromarray(pixels).save(tmp)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.cpu().permute(1, 2, 0).squeeze(2).numpy()).save(path)
 
 
-def save_gif(folder, path):
-    """An animation of epoch_0001.png and so on; of many files, every second, third, ..."""
-    files = sorted(folder.glob("epoch_*.png"))
-    frames = [Image.open(file) for file in files[::len(files) // 60 + 1]]
-    with replacing(path) as tmp:
-        frames[0].save(tmp, save_all=True, append_images=frames[1:], duration=150)
+def save_table(rows, path):
+    """Write a list of dicts with the same keys as .csv. None is an empty field."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def save_plot(path, xlabel, yscale="linear", **panels):
-    """Curves in panels side by side: title=dict(label=(x values, y values), ...)."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError:
-        warnings.warn("no plots are drawn: matplotlib is not installed")  # shown once
-        return
-    figure = Figure(figsize=(5 * len(panels), 3.2), layout="tight")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, curves) in zip(axes, panels.items()):
-        for label, (x, y) in curves.items():
-            ax.plot(x, y, label=label)
-        ax.set(title=title, xlabel=xlabel, yscale=yscale)
+def save_curves(rows, path):
+    """Plot the columns of the log, apart from epoch and time, over steps."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    figure = Figure(layout="tight")
+    ax = figure.subplots()
+    for name in list(rows[0])[3:] if rows else []:
+        ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+    ax.set(xlabel="step", yscale="log")
+    figure.legend()
+    figure.savefig(path)
+
+
+def save_histograms(path, **panels):
+    """Plot distributions. Panels: title=(real, generated), values in [0, 1] or in [-1, 1]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((5 * len(panels), 3.2), layout="tight")
+    for ax, (title, tensors) in zip(figure.subplots(1, len(panels)), panels.items()):
+        values = [x.detach().float().flatten().cpu() for x in tensors]
+        low = -1 if min(x.min() for x in values) < 0 else 0
+        ax.hist(values, 30, (low, 1), density=True, histtype="step", label=["real", "generated"])
+        ax.set(title=title, xlabel="value", ylabel="density")
         ax.legend()
-    with replacing(path) as tmp:
-        figure.savefig(tmp)
-
-
-def density(values, low):
-    """The distribution of values between low and 1, as x and y for save_plot()."""
-    y, edges = np.histogram(values.float().cpu(), 30, (low, 1), density=True)
-    return edges[:-1], y
-
-
-# ---- a run: its log, its checkpoints, its end
-
-
-class Log:
-    """The rows of log.csv, which are also printed, and kept in the checkpoint.
-    names: of the values that write() takes; step, rows: of the run so far, when it is resumed."""
-
-    def __init__(self, path, names, step, rows):
-        self.path, self.names, self.rows = path, names, rows
-        self.columns = ["step", "epoch", "seconds", "images_per_s", *names]
-        self.last_step, self.last_time = step, time.perf_counter()
-        self.seconds = rows[-1][2] if rows else 0.0  # not counting the time between two sittings
-
-    def write(self, step, total, epoch, batch_size, values, note=""):
-        now = time.perf_counter()
-        passed = now - self.last_time
-        rate = (step - self.last_step) * batch_size / passed
-        self.seconds += passed
-        self.last_step, self.last_time = step, now
-        values = [round(value, 6) for value in values]
-        self.rows.append([step, epoch, round(self.seconds, 1), round(rate, 2), *values])
-        with replacing(self.path) as tmp:
-            with open(tmp, "w", newline="") as file:
-                csv.writer(file).writerows([self.columns, *self.rows])
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(self.names, values))
-        print(f"epoch {epoch}  step {step}/{total}  {shown}  {rate:.0f} images/s{note}", flush=True)
-
-    def curves(self, *names):
-        """Columns over steps, for save_plot()."""
-        columns = dict(zip(self.columns, zip(*self.rows)))
-        return {name: (columns["step"], columns[name]) for name in names}
-
-
-def restore(parts, ckpt):
-    """Load state dicts into networks and optimizers. Flags given now win over old settings."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError("the checkpoint does not fit these networks: leave out flags that change "
-                         "them, or train anew with another --out_dir") from error
-    for opt in parts.values():
-        if isinstance(opt, torch.optim.Optimizer):
-            opt.param_groups[0].update(opt.defaults)
-            for weight, state in opt.state.items():
-                for key, value in state.items():  # fused Adam needs them laid out as the weight
-                    if value.shape == weight.shape:
-                        state[key] = torch.empty_like(weight).copy_(value)
-
-
-def catch_signals():
-    """A list that fills when Ctrl-C or SIGTERM asks the run to stop. A second one ends it."""
-    stop = []
-
-    def note(number, frame):
-        stop.append(number)
-        set_handlers(signal.SIG_DFL)
-        os.write(1, b"stopping after this step; Ctrl-C again ends the run at once\n")
-
-    set_handlers(note)
-    return stop
-
-
-def set_handlers(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-# ---- the device
-
-
-def pick_device(name="auto", dtype="auto", compiled=False):
-    """--device, --dtype and --compile -> a torch.device, and whether to use bfloat16 and compile.
-    auto: the first of cuda, mps and cpu that there is; bfloat16 on CUDA of capability 8.0 up."""
-    if dtype not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"--dtype {dtype}: give bfloat16, float32 or auto")
-    if name == "auto":
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available() and "RANK" not in os.environ:
-            name = "mps"  # not under torchrun: gloo, by which processes talk, does not know it
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # set by torchrun
-            torch.backends.cudnn.benchmark = True  # shapes do not change from step to step
-            torch.set_float32_matmul_precision("high")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} does not work: {error}") from error
-    if device.type != "cuda":
-        return device, dtype == "bfloat16", False
-    if compiled and not importlib.util.find_spec("triton"):
-        warnings.warn("torch.compile is off: Triton is not installed")
-        compiled = False
-    capable = torch.cuda.get_device_capability() >= (8, 0)
-    return device, dtype == "bfloat16" or dtype == "auto" and capable, compiled
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)

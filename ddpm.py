@@ -1,27 +1,27 @@
 """DDPM: images from noise, step by step (Ho et al. 2020, https://arxiv.org/abs/2006.11239).
 
-T small steps turn an image into noise. A U-Net learns to predict the noise in a noisy image; with
-it, noise becomes an image. DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) is faster.
+An image is turned into noise in T small steps. A U-Net learns to predict the noise in such a noisy
+image. With its predictions, pure noise is turned back into an image.
 
-    python ddpm.py                                               # MNIST, into out/ddpm
-    python ddpm.py --data celeba --out_dir out/faces             # faces; needs a GPU
-    python ddpm.py --sample 2048 --sample_steps 100              # write images, in 100 steps each
-    python ddpm.py --sample 64 --sample_steps 50 --sampler ddim
-    python ddpm.py --conditional --out_dir out/conditional       # learn the labels, too
+    python ddpm.py                                             # MNIST, into out/ddpm
+    python ddpm.py --sample 100 --sample_steps 50              # write images, in 50 steps each
+    python ddpm.py --conditional --out_dir out/conditional     # with labels
     python ddpm.py --sample 10 --label 7 --guidance 2 --out_dir out/conditional
+    python ddpm.py --data celeba --image_size 64 --flip --channels 64 --mults 1 2 3 4 --blocks 2 \\
+        --attention 16 --lr 2e-4 --epochs 100 --out_dir out/faces           # for a GPU
+    torchrun --nproc_per_node=4 ddpm.py --batch_size 512 --out_dir out/four # on four of them
     python ddpm.py --init_from google/ddpm-cifar10-32 --sample 64 --out_dir out/cifar10
-    torchrun --nproc_per_node=4 ddpm.py --data celeba --out_dir out/faces
 
-Measured: 10 epochs, --conditional; a classifier recognizes all of 1,000 samples with guidance 2.
-To train on your own tensor, replace data.load(...) in main() by tensor, None: uint8 (N, C, H, W).
+Measured: 10 epochs with --conditional; a classifier recognizes all of 1,000 samples (guidance 2).
 """
 import argparse
 import copy
 import datetime
+import functools
+import importlib.util
 import math
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -30,64 +30,57 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-# ---- config: every constant is also a flag, e.g. --timesteps 100 --mults 1 2 2 4
+# ---- settings of a run, kept in its checkpoint. Each constant is a flag: --lr 1e-4 --mults 1 2 2 4
 
 DATA = "mnist"          # celeba, mnist, toy-faces, toy-digits; or a folder, .zip, .npy or .npz
-DATA_DIR = "data"       # where the named sets are found, downloaded and cached
-OUT_DIR = "out/ddpm"    # where the run writes
-IMAGE_SIZE = 28         # pixels a side
-LIMIT = 0               # only the first N images; 0 = all
-FLIP = False            # mirror images at random; not for digits
-EPOCHS = 10             # stop after N epochs, those before a resume among them
-MAX_STEPS = 0           # stop after N steps, if that is sooner; 0 = no limit
-BATCH_SIZE = 128        # images in a step, over all processes together
-LR = 1e-3               # Adam: learning rate after warm-up; it decays to 0 over all epochs
-BETA1 = 0.9             # Adam: decay of the average gradient
-BETA2 = 0.999           # Adam: decay of the average squared gradient
-TIMESTEPS = 1000        # T, the number of steps from an image to noise
-SCHEDULE = "linear"     # how the noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
-CHANNELS = 32           # of the U-Net at full size
-MULTS = (1, 2, 4)       # channels of each level, as multiples of CHANNELS; each has half the size
-BLOCKS = 1              # residual blocks in each level
-ATTENTION = (7,)        # image sizes whose levels have attention; the middle always has it
-DROPOUT = 0.0           # in residual blocks
-CONDITIONAL = False     # give the network the labels
-EMA = 0.999             # decay of the averaged weights that samples come from; 0 = no averaging
-SAMPLER = "ddpm"        # with --sample and --fid: ddpm or ddim
-SAMPLE_STEPS = 0        # take only N of the T steps, evenly spaced; 0 = all
-VARIANCE = "small"      # of a ddpm step: small (of the posterior) or large (beta)
-ETA = 0.0               # noise in a ddim step, from 0 = none to 1 = as much as in ddpm
-GUIDANCE = 1.0          # weight of the label in conditional samples; 1 = no guidance
-SEED = 0                # of initial weights, noise and the order of images
-DEVICE = "auto"         # cuda, mps or cpu; auto = the first of them that there is
-DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
-COMPILE = True          # use torch.compile (on CUDA only)
-LOG_EVERY = 50          # steps between two rows of the log
-SAMPLE_EVERY = 1        # epochs between two grids of samples, of 50 steps each; 0 = none
-FID = 0                 # after training, FID of N samples against N images; 0 = none
-RESUME = False          # go on from ckpt.pt in OUT_DIR
-SAMPLE = 0              # do not train; write N images to OUT_DIR/generated, in place of older ones
-LABEL = ""              # with --sample: classes in turn, e.g. 7 or 2,0,2,6; default: all in turn
-INIT_FROM = ""          # public weights: a hub repository, a folder like one, or diffusion.pt
+IMAGE_SIZE = 28         # height and width in pixels
+LIMIT = 0               # use only N images, evenly spaced over the set; 0 = all
+FLIP = False            # mirror half of the images; not for digits
+EPOCHS = 10             # length of training, with the epochs before a resume
+BATCH_SIZE = 128        # images in a training step, over all processes together
+LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 at the last epoch
+TIMESTEPS = 1000        # T, the number of noise steps
+SCHEDULE = "linear"     # how noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
+CHANNELS = 32           # channels of the U-Net at full size
+MULTS = [1, 2, 4]       # channels of each level in multiples of CHANNELS; each has half the size
+BLOCKS = 1              # residual blocks in each level on the way down; one more on the way up
+ATTENTION = 7           # levels of at most this size have attention
+CONDITIONAL = False     # give the labels to the network
+EMA = 0.999             # decay of the averaged weights that draw the samples; 0 = no averaging
+SEED = 0                # decides initial weights, noise and the order of images
+INIT_FROM = ""          # start from public weights: a Hugging Face repository, a folder or a file
+run_keys = [k for k, v in globals().items() if k.isupper() and type(v) in (int, float, str, bool, list)]
 
-# EMA stays 0.999, an average over about 1,000 steps: samples are good after 10,000 training steps
-PRESETS = {
-    "celeba": dict(IMAGE_SIZE=64, FLIP=True, EPOCHS=100, LR=2e-4, CHANNELS=64, MULTS=(1, 2, 3, 4),
-                   BLOCKS=2, ATTENTION=(8, 16)),
-}
+# ---- settings of this call
+
+DATA_DIR = "data"       # where the named sets are found, downloaded and cached
+OUT_DIR = "out/ddpm"    # the folder of the run
+MAX_STEPS = 0           # end training at step N, if that is before the last epoch; 0 = no limit
+DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
+DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
+COMPILE = True          # use torch.compile, on CUDA where Triton is installed
+LOG_EVERY = 50          # steps between two rows of the log
+SAVE_EVERY = 60         # seconds between two checkpoints
+SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
+FID = 0                 # after training, FID of N samples against N images; 0 = none
+RESUME = False          # continue the run in OUT_DIR with its settings; flags given now win
+SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
+LABEL = ""              # classes to draw, in turn: 7, or 2,0,2,6; empty = all classes
+GUIDANCE = 1.0          # weight of the label in samples of a conditional network; 1 = no guidance
+SAMPLE_STEPS = 100      # steps from noise to an image, at most TIMESTEPS
+ETA = 1.0               # noise in these steps: 0 = none, 1 = as much as in DDPM
+ORDER = 2               # with ETA 1 and 0, order 1 is DDPM and DDIM, order 2 DPM-Solver++(2M),
+                        # stochastic and deterministic
 
 # ---- network: the U-Net of Ho et al. (appendix B)
 
 
-def embed_time(t, channels, cos_first=False):
-    """t (B,) -> (B, channels): sines and cosines, with frequencies from 1 down to 1/10000.
-    cos_first: as in improved-diffusion, which also stops one frequency before 1/10000"""
+def embed_time(t, channels):
+    """t (B,) -> (B, channels): sines and cosines, with frequencies from 1 down to 1/10000."""
     half = channels // 2
-    steps = half if cos_first else half - 1
-    frequencies = torch.exp(-math.log(10000) / steps * torch.arange(half, device=t.device))
-    angles = t[:, None] * frequencies
-    parts = [angles.sin(), angles.cos()]
-    return torch.cat(parts[::-1] if cos_first else parts, 1)
+    frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
+    angles = t[:, None] * frequencies                                   # (B, half)
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def zero_init(layer):
@@ -98,593 +91,550 @@ def zero_init(layer):
 
 
 class ResBlock(nn.Module):
-    """x (B, a, H, W), time embedding (B, time_dim) -> (B, b, H, W): two convolutions, attention."""
+    """x (B, c_in, H, W), time embedding (B, emb_dim) -> (B, c_out, H, W)."""
 
-    def __init__(self, a, b, time_dim, attention, groups, dropout, eps, conv_skip):
+    def __init__(self, c_in, c_out, emb_dim, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, a, eps)
-        self.conv1 = nn.Conv2d(a, b, 3, padding=1)
-        self.time = nn.Linear(time_dim, b)
-        self.norm2 = nn.GroupNorm(groups, b, eps)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(b, b, 3, padding=1))
-        self.skip = nn.Conv2d(a, b, 1) if a != b or conv_skip else nn.Identity()
-        self.attention = Attention(b, groups, eps) if attention else nn.Identity()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, time):
+    def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.attention(self.skip(x) + h)
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention between all pixels, with one head and a skip connection."""
+    """Self-attention between all pixels, one head, with a skip connection: (B, C, H, W) -> same."""
 
-    def __init__(self, channels, groups, eps):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)                     # (B, H * W, C)
         q, k, v = self.qkv(h)[:, None].chunk(3, dim=-1)                 # (B, 1, H * W, C)
-        h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])     # (B, H * W, C)
         return x + h.transpose(1, 2).view(x.shape)
 
 
-class Downsample(nn.Conv2d):
-    """Half the size, by a convolution of stride 2. margins: of zeros, for F.pad. time: unused."""
+class Stage(nn.Sequential):
+    """Layers in a row, of which the residual blocks also get the time embedding."""
 
-    def __init__(self, channels, margins):
-        super().__init__(channels, channels, 3, stride=2)
-        self.margins = margins
-
-    def forward(self, x, time):
-        return super().forward(F.pad(x, self.margins))
-
-
-class Upsample(nn.Conv2d):
-    """Twice the size: every pixel becomes 2x2 pixels, then a convolution. time: unused."""
-
-    def __init__(self, channels):
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, x, time):
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
 
 
 class UNet(nn.Module):
-    """Noisy images (B, C, H, W), t (B,) in 0 ... T - 1, labels (B,) or None -> noise (B, C, H, W).
-    channels, mults: level i has channels * mults[i] channels, at 1 / 2**i of the image's size
-    blocks: residual blocks in each level on the way down; one more on the way up
-    attention: for each level, whether its blocks have attention
-    groups, eps: of GroupNorm. With one channel in a group it would remove the time embedding, which
-        is one number for each channel
-    classes: number of labels; the label `classes` stands for "no label"
-    dlstudio: with the details in which the network of DLStudio's diffusion.pt differs"""
+    """Noisy images (B, *shape), t (B,) in 1 ... T, labels y (B,) -> their noise (B, *shape).
 
-    def __init__(self, in_channels=1, channels=32, mults=(1, 2, 4), blocks=1,
-                 attention=(False, False, True), groups=8, dropout=0.0, eps=1e-6, classes=0,
-                 dlstudio=False):
+    shape: (C, H, W), where H and W are multiples of 2**(len(mults) - 1)
+    channels, mults, blocks, attention: as in the settings above
+    classes: number of labels; 0 = none. The label -1, or no y, stands for "no label"
+    groups: of GroupNorm. It subtracts the mean of each group. With one channel in a group it would
+        remove the time embedding, which adds one number to each channel.
+    """
+
+    def __init__(self, shape=(1, 28, 28), channels=32, mults=(1, 2, 4), blocks=1, attention=7,
+                 classes=0, groups=8):
         super().__init__()
-        self.args = dict(
-            in_channels=in_channels, channels=channels, mults=mults, blocks=blocks,
-            attention=attention, groups=groups, dropout=dropout, eps=eps, classes=classes,
-            dlstudio=dlstudio)  # to build the network again
-        time_dim = 4 * channels
+        self.shape, self.channels, self.classes = shape, channels, classes
+        emb_dim = 4 * channels
+        self.time = nn.Sequential(
+            nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.conv_in = nn.Conv2d(shape[0], channels, 3, padding=1)
 
-        def block(a, b, attention):
-            return ResBlock(a, b, time_dim, attention, groups, dropout, eps, conv_skip=dlstudio)
-
-        self.time = nn.Sequential(nn.Linear(channels, time_dim), nn.SiLU(),
-                                  nn.Linear(time_dim, time_dim))
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        a, skips = channels, [channels]         # channels: of the last layer, of all to be joined
+        c, size = channels, shape[1]
+        skips = [c]  # channels of conv_in's output and of each stage on the way down
         self.down = nn.ModuleList()
         for level, mult in enumerate(mults):
             for _ in range(blocks):
-                self.down.append(block(a, channels * mult, attention[level]))
-                a = channels * mult
-                skips.append(a)
+                stage = [ResBlock(c, channels * mult, emb_dim, groups)]
+                c = channels * mult
+                if size <= attention:
+                    stage.append(Attention(c, groups))
+                self.down.append(Stage(*stage))
+                skips.append(c)
             if level < len(mults) - 1:
-                self.down.append(Downsample(a, (1, 1, 1, 1) if dlstudio else (0, 1, 0, 1)))
-                skips.append(a)
-        self.middle = nn.ModuleList([block(a, a, True), block(a, a, False)])
+                # half the size, with zeros on the right and below
+                self.down.append(Stage(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)))
+                skips.append(c)
+                size //= 2
+        self.middle = Stage(
+            ResBlock(c, c, emb_dim, groups), Attention(c, groups), ResBlock(c, c, emb_dim, groups))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
-            for _ in range(blocks + 1):
-                self.up.append(block(a + skips.pop(), channels * mult, attention[level]))
-                a = channels * mult
-            if level > 0:
-                self.up.append(Upsample(a))
-        self.norm_out = nn.GroupNorm(groups, a, eps)
-        self.conv_out = zero_init(nn.Conv2d(a, in_channels, 3, padding=1))
+            for i in range(blocks + 1):
+                stage = [ResBlock(c + skips.pop(), channels * mult, emb_dim, groups)]
+                c = channels * mult
+                if size <= attention:
+                    stage.append(Attention(c, groups))
+                if i == blocks and level > 0:
+                    stage += [nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1)]
+                    size *= 2
+                self.up.append(Stage(*stage))
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = zero_init(nn.Conv2d(c, shape[0], 3, padding=1))
         if classes:
-            self.label = nn.Embedding(classes + 1, time_dim)
+            self.label = nn.Embedding(classes + 1, emb_dim)
 
     def forward(self, x, t, y=None):
-        time = embed_time(t, self.args["channels"], self.args["dlstudio"])
-        time = self.time(time.to(x.dtype))
-        if y is not None:
-            time = time + self.label(y)
-        time = F.silu(time)
+        emb = self.time(embed_time(t - 1, self.channels))               # (B, emb_dim)
+        if self.classes:
+            y = torch.full_like(t, -1) if y is None else y
+            emb = emb + self.label(y + 1)
+        emb = F.silu(emb)
         x = self.conv_in(x)
         skips = [x]
-        for layer in self.down:
-            x = layer(x, time)
+        for stage in self.down:
+            x = stage(x, emb)
             skips.append(x)
-        for layer in self.middle:
-            x = layer(x, time)
-        for layer in self.up:
-            if isinstance(layer, ResBlock):
-                x = torch.cat([x, skips.pop()], 1)
-            x = layer(x, time)
+        x = self.middle(x, emb)
+        for stage in self.up:
+            x = stage(torch.cat([x, skips.pop()], 1), emb)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    @classmethod
-    def from_pretrained(cls, source, dropout=0.0):
-        """A U-Net with public weights, in eval mode. ValueError if they are not of this U-Net.
-        source: a hub repository or a folder with a UNet2DModel of diffusers (which must be
-            installed), or a file like DLStudio's diffusion.pt"""
-        read = read_dlstudio if Path(source).is_file() else read_diffusers
-        try:
-            args, weights, theirs = read(source)
-            net = cls(**args, dropout=dropout).eval()
-            net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))
-            if theirs:
-                compare_outputs(net, theirs)
-        except Exception as error:  # diffusers and torch raise nearly anything on other networks
-            raise ValueError(f"--init_from {source} (for a hub repository or a folder, pip install "
-                             f"diffusers): {str(error)[:200]!r}") from error
-        return net
 
-
-# ---- diffusion, in the symbols of the paper: x_t is the image x_0 after t of T steps
+# ---- the method, in the symbols of the paper: x_t is the image x_0 after t of T noise steps
 
 
 def make_alpha_bar(schedule, T):
     """alpha_bar_t for t = 0 ... T, float64: the share of the variance of x_0 that is left in x_t.
+
     schedule: linear (Ho et al., section 4), with betas from 1e-4 to 0.02 for T = 1000, or cosine
-        (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)"""
-    if schedule == "linear":
-        if T <= 20:
-            raise ValueError(f"--timesteps {T}: the linear schedule needs 21 or more")
+        (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)
+    """
+    if schedule == "linear" and T > 20:
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-    else:
+    elif schedule == "cosine":
         t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"--schedule {schedule} with T = {T}: give cosine, or linear with T > 20")
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
 
 def add_noise(x_0, t, eps, scales):
-    """x_t ~ q(x_t | x_0) (eq. 4), for x_0 and eps ~ N(0, 1), both (B, C, H, W), and t (B,).
-    scales: sqrt(alpha_bar) and sqrt(1 - alpha_bar), (2, T + 1)"""
+    """x_t ~ q(x_t | x_0) (eq. 4), for images x_0 (B, C, H, W), t (B,) and noise eps ~ N(0, I).
+
+    scales: sqrt(alpha_bar) and sqrt(1 - alpha_bar), (2, T + 1)
+    """
     signal_scale, noise_scale = scales[:, t, None, None, None]
     return signal_scale * x_0 + noise_scale * eps
 
 
-def ddpm_step(x_t, x_0, a_t, a_s):
-    """Mean and variance of q(x_s | x_t, x_0) for s < t (eq. 6 and 7, where s = t - 1).
-    a_t, a_s: alpha_bar at t and at s"""
-    beta = 1 - a_t / a_s  # of all steps between s and t together
-    mean = (a_s**0.5 * beta * x_0 + (a_t / a_s)**0.5 * (1 - a_s) * x_t) / (1 - a_t)
-    return mean, beta * (1 - a_s) / (1 - a_t)
+def train_step(net, opt, x_0, y, scales, autocast):
+    """One update of the network (Algorithm 1), for images x_0 (B, C, H, W) and labels y, or None.
+
+    Returns sums of the losses, and numbers of images, for each quarter of 1 ... T: (2, 4).
+    """
+    T = scales.shape[1] - 1
+    if y is not None:  # "no label" for a tenth of the images, for classifier-free guidance
+        y = torch.where(torch.rand(len(y), device=y.device) < 0.1, -1, y)
+    t = torch.randint(1, T + 1, (len(x_0),), device=x_0.device)
+    eps = torch.randn_like(x_0)
+    x_t = add_noise(x_0, t, eps, scales)
+    with autocast:
+        predicted = net(x_t, t, y)
+    losses = (eps - predicted).square().mean((1, 2, 3))                 # eq. 14, (B,)
+    opt.zero_grad()
+    losses.mean().backward()
+    opt.step()
+    quarter = F.one_hot((t - 1) * 4 // T, 4).float()                    # (B, 4)
+    return torch.stack([losses.detach() @ quarter, quarter.sum(0)])
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema = decay * ema + (1 - decay) * net"""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def predict_eps(net, x, t, y, guidance):
+    """eps for labels y (B,), by classifier-free guidance (Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598, eq. 6 with guidance = 1 + w)."""
+    if guidance == 1:
+        return net(x, t, y)
+    no_label = torch.full_like(y, -1)
+    eps = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([no_label, y]))
+    eps_no_label, eps_label = eps.chunk(2)
+    return eps_no_label + guidance * (eps_label - eps_no_label)
 
 
 def ddim_step(x_t, x_0, a_t, a_s, eta):
-    """Mean and variance of x_s given x_t and x_0, for s < t (Song et al. 2020, eq. 12 and 16)."""
-    eps = (x_t - a_t**0.5 * x_0) / (1 - a_t)**0.5  # the prediction, unless x_0 was clipped
+    """Mean and variance of x_s given x_t and an estimate of x_0, for s < t (Song et al. 2020,
+    https://arxiv.org/abs/2010.02502, eq. 12 and 16). a_t, a_s: alpha_bar at t and s
+
+    With eta = 1 it is DDPM's step, q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7, where s = t - 1).
+    """
+    eps = (x_t - a_t**0.5 * x_0) / (1 - a_t)**0.5
     variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
     return a_s**0.5 * x_0 + (1 - a_s - variance)**0.5 * eps, variance
 
 
 @torch.no_grad()
-def sample(net, x, alpha_bar, num_steps, sampler="ddpm", variance="small", eta=0.0,
-           noise=torch.randn_like, path=None):
-    """x_T, noise (B, C, H, W) -> x_0, images in [-1, 1] (Algorithm 2), in num_steps of the T steps.
-    net: a function of x_t and t, (B,) in 0 ... T - 1, that predicts eps
-    sampler, variance, eta: see the flags above; noise(x) draws noise of the shape of x
-    path: a list, if given, to which x_T, ..., x_0 are appended"""
-    times = torch.linspace(len(alpha_bar) - 1, 0, num_steps + 1, dtype=torch.float64)
-    times = times.round().long().tolist()
+def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
+    """From noise x_T (B, C, H, W) to images x_0 in [-1, 1], in num_steps steps: yields x_T, ..., x_0.
+
+    net: a function of x_t and t (B,) that predicts eps
+    eta, order: 1, 1 is DDPM (Ho et al., Algorithm 2); 0, 1 is DDIM; 0, 2 is DPM-Solver++(2M)
+        (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2); 1, 2 its stochastic form
+    """
     a = alpha_bar.tolist()
-    if path is not None:
-        path.append(x)
+    log_snr = (alpha_bar / (1 - alpha_bar)).log().tolist()
+    times = torch.linspace(len(a) - 1, 0, num_steps + 1).round().int().tolist()
+    last = None  # time and x_0 of the step before
+    yield x
     for t, s in zip(times, times[1:]):
-        eps = net(x, torch.full((len(x),), t - 1, device=x.device)).to(x.dtype)
-        x_0 = (x - (1 - a[t])**0.5 * eps) / a[t]**0.5                  # eq. 15
-        x_0 = x_0.clamp(-1, 1)  # so that errors do not grow
-        if sampler == "ddim":
-            x, var = ddim_step(x, x_0, a[t], a[s], eta)
-        else:
-            x, var = ddpm_step(x, x_0, a[t], a[s])
-            if variance == "large" and s > 0:
-                var = 1 - a[t] / a[s]
-        if var > 0:
-            x = x + var**0.5 * noise(x)
-        if path is not None:
-            path.append(x)
-    return x
+        eps = net(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+        x_0 = (x - (1 - a[t])**0.5 * eps) / a[t]**0.5                   # eq. 15
+        x_0 = estimate = x_0.clamp(-1, 1)
+        if order == 2 and last and s > 0:
+            # x_0 in the middle of the step, on the line through the last two estimates over log SNR
+            r, last_x_0 = last
+            slope = (x_0 - last_x_0) / (log_snr[t] - log_snr[r])
+            estimate = x_0 + slope * (log_snr[s] - log_snr[t]) / 2
+        last = t, x_0
+        x, variance = ddim_step(x, estimate, a[t], a[s], eta)
+        if variance > 0:
+            x = x + variance**0.5 * torch.randn(x.shape, dtype=x.dtype, device=x.device)
+        yield x
 
 
-def guide(net, y, guidance):
-    """A function of x_t and t that predicts eps for labels y (B,) by classifier-free guidance (Ho &
-    Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6 with guidance = 1 + w)."""
-    def predict(x, t):
-        if guidance == 1:
-            return net(x, t, y)
-        none = torch.full_like(y, net.args["classes"])
-        eps = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y]))
-        eps_none, eps_label = eps.chunk(2)
-        return eps_none + guidance * (eps_label - eps_none)
-
-    return predict
+def to_uint8(x):
+    """Images in [-1, 1] -> uint8."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-# ---- train or sample
+# ---- a run
 
 
-def main(settings, ckpt):
-    """settings: the constants, for the checkpoint; ckpt: what a run starts from, or None."""
-    import data  # here, so that the network above can be imported with torch alone
+def pick_device():
+    """The device, the memory layout of images, and autocast in the precision of the flags."""
+    if DTYPE not in ("auto", "bfloat16", "float32"):
+        sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if DEVICE != "auto":
+        device = torch.device(DEVICE)
+    elif device.type == "mps" and "RANK" in os.environ:
+        device = torch.device("cpu")  # gloo, the link between processes, does not know MPS
+    bfloat16 = DTYPE == "bfloat16"
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each process
+        bfloat16 |= DTYPE == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # channels last is faster, but not for GroupNorm in bfloat16 on a CPU, and MPS has bugs with it
+    slow = device.type == "mps" or device.type == "cpu" and bfloat16
+    layout = torch.contiguous_format if slow else torch.channels_last
+    return device, layout, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+def load_checkpoint(path):
+    """The checkpoint of a run of this script. Exits if there is none."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        assert ckpt["script"] == "ddpm"
+    except Exception as error:  # torch.load raises many types on a damaged file
+        sys.exit(f"error: {path} is not a checkpoint of ddpm.py ({type(error).__name__}): "
+                 "train first, or give the --out_dir of a run")
+    return ckpt
+
+
+def check_fixed(ckpt, **fixed):
+    """Exit if something that a run cannot change differs from the checkpoint."""
+    for key, value in fixed.items():
+        if value != ckpt["fixed"][key]:
+            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: "
+                     "give the same flags, or start a new run in another --out_dir")
+
+
+def pick_labels(classes):
+    """The class numbers of --label in a tensor; all classes by default. Exits if flags of sampling
+    would silently give wrong images."""
+    labels = range(max(classes, 1))
+    if LABEL:
+        labels = [int(label) for label in LABEL.split(",")]
+        if not set(labels) <= set(range(classes)):
+            sys.exit(f"error: --label {LABEL}: there are {classes} classes, counted from 0")
+    if SAMPLE_STEPS < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
+        sys.exit("error: give --sample_steps of 1 or more, --order 1 or 2, --eta from 0 to 1")
+    if GUIDANCE != 1 and not classes:
+        sys.exit("error: --guidance needs a network with classes")
+    return torch.tensor(labels)
+
+
+def draw_batch(i, net, alpha_bar, labels, device, autocast):
+    """Yield x_T, ..., x_0 of batch i of the samples. (SEED, i) alone decides its noise."""
+    size = min(64, BATCH_SIZE)
+    torch.manual_seed((SEED + 1) * 10**7 - 1 - i)  # counts down; training steps count up
+    x_T = torch.randn(size, *net.shape, device=device)
+    y = labels[torch.arange(size * i, size * i + size) % len(labels)].to(device)
+    predict = functools.partial(predict_eps, net, y=y, guidance=GUIDANCE)
+    num_steps = min(SAMPLE_STEPS, len(alpha_bar) - 1)
+    with autocast:
+        yield from sample(predict, x_T, alpha_bar, num_steps, ETA, ORDER)
+
+
+def generate(num, net, alpha_bar, labels, device, autocast):
+    """Yield `num` samples as uint8 batches (B, C, H, W), with these labels in turn."""
+    size = min(64, BATCH_SIZE)
+    for i in range(math.ceil(num / size)):
+        for x in draw_batch(i, net, alpha_bar, labels, device, autocast):
+            pass
+        yield to_uint8(x)[:num - size * i]
+
+
+def make_network(channels, classes):
+    """The U-Net of the settings, for images with so many channels, and its alpha_bar."""
+    if IMAGE_SIZE % 2 ** (len(MULTS) - 1) or CHANNELS % 16:
+        sys.exit(f"error: --image_size must be a multiple of {2 ** (len(MULTS) - 1)} for "
+                 f"{len(MULTS)} levels, and --channels a multiple of 16")
+    shape = [channels, IMAGE_SIZE, IMAGE_SIZE]
+    net = UNet(shape, CHANNELS, MULTS, BLOCKS, ATTENTION, classes)
+    return net, make_alpha_bar(SCHEDULE, TIMESTEPS)
+
+
+def fixed_settings(net):
+    """What a run cannot change, apart from the order of its images."""
+    return dict(shape=list(net.shape), classes=net.classes, channels=CHANNELS, mults=MULTS,
+                blocks=BLOCKS, attention=ATTENTION, timesteps=TIMESTEPS, schedule=SCHEDULE,
+                init_from=INIT_FROM)
+
+
+def train(out, ckpt=None):
+    """Train the network, from the start or from a checkpoint. Writes its files into `out`."""
+    from torch.nn.parallel import DistributedDataParallel
+    from tqdm import tqdm
+
+    import data
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out = Path(OUT_DIR)
-    if not ckpt and not SAMPLE and (out / "ckpt.pt").exists():
-        sys.exit(f"error: {out} holds a run: give --resume to go on, or another --out_dir")
-    try:  # what can fail because of a flag or a file
-        if SAMPLE_STEPS > TIMESTEPS or ETA > 1 or CHANNELS % 2:
-            raise ValueError(f"give --sample_steps <= {TIMESTEPS}, --eta <= 1, an even --channels")
-        if LABEL and not SAMPLE:
-            raise ValueError("--label goes with --sample")
-        device, bfloat16, compiled = data.pick_device(DEVICE, DTYPE, COMPILE)
-        # channels last is faster, but not for GroupNorm in bfloat16 on the CPU, and wrong on MPS
-        contiguous = device.type == "mps" or device.type == "cpu" and bfloat16
-        layout = torch.contiguous_format if contiguous else torch.channels_last
-        alpha_bar = make_alpha_bar(SCHEDULE, TIMESTEPS)
-        if world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-        if not SAMPLE:
-            if rank > 0:
-                distributed.barrier()  # waits for the first process, which prepares the data
-            images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
-            if rank == 0 and world > 1:
-                distributed.barrier()  # lets the others go on
-            if CONDITIONAL and labels is None:
-                raise ValueError(f"{DATA} has no labels: leave out --conditional")
-            if BATCH_SIZE % world or len(images) < world:
-                raise ValueError(f"--batch_size must be a multiple of {world} processes")
-            share = slice(rank, len(images) // world * world, world)  # shares of one size
-            get_batch = data.Batches(images[share], labels[share] if CONDITIONAL else None,
-                                     BATCH_SIZE // world, SEED, FLIP, device, layout)
-        if FID and not SAMPLE and rank == 0:
-            import fid
-            inception = fid.Inception().to(device)  # now, and not after training: it may fail
-        torch.manual_seed(SEED)
-        if ckpt:
-            net = UNet(**{**ckpt["args"], "dropout": DROPOUT})
-        elif INIT_FROM:
-            net = UNet.from_pretrained(INIT_FROM, DROPOUT).train()
-        else:
-            net = UNet(
-                in_channels=images.shape[1],
-                channels=CHANNELS,
-                mults=MULTS,
-                blocks=BLOCKS,
-                attention=[IMAGE_SIZE // 2**level in ATTENTION for level in range(len(MULTS))],
-                groups=math.gcd(CHANNELS // 4, 8),  # up to 8, of four channels or more
-                dropout=DROPOUT,
-                classes=int(labels.max()) + 1 if CONDITIONAL else 0,
-            )
-        shape = [net.args["in_channels"], IMAGE_SIZE, IMAGE_SIZE]
-        classes = net.args["classes"]
-        multiple = 2 ** (len(net.args["mults"]) - 1)
-        if IMAGE_SIZE % multiple or not SAMPLE and images.shape[1] != shape[0]:
-            raise ValueError(f"images need {shape[0]} channels and a multiple of {multiple} pixels")
-        known = [str(label) for label in range(classes)]
-        asked = LABEL.split(",") if LABEL else known
-        if not set(asked) <= set(known) or GUIDANCE != 1 and not classes:
-            raise ValueError(f"--label, --guidance: {out} has {classes} classes, counted from 0")
-        net.to(device, memory_format=layout)
-        ema = copy.deepcopy(net).eval().requires_grad_(False)
-        opt = torch.optim.Adam(net.parameters(), LR, (BETA1, BETA2), fused=True)
-        parts = dict(net=net, ema=ema, opt=opt)
-        if ckpt:
-            data.restore(parts, ckpt)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-    batch_size = min(BATCH_SIZE, 64)  # of samples
-    asked = torch.tensor([int(label) for label in asked])
-    columns = len(asked) if len(asked) > 1 else 8  # of a grid: a class in each column
+    if not ckpt and (out / "ckpt.pt").exists():
+        sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
+    device, layout, autocast = pick_device()
+    if world > 1:
+        distributed.init_process_group(timeout=datetime.timedelta(days=1))
+    if rank > 0:
+        distributed.barrier()  # process 0 prepares the data; the others then read its files
+    torch.manual_seed(SEED)
+    size = IMAGE_SIZE
+    if INIT_FROM:
+        net, alpha_bar = load_pretrained(INIT_FROM)
+        size = net.shape[1]
+    images, labels = data.load(DATA, size, DATA_DIR, LIMIT)
+    if rank == 0 and world > 1:
+        distributed.barrier()
+    if CONDITIONAL and labels is None:
+        sys.exit(f"error: {DATA} has no labels: leave out --conditional")
+    labels = labels if CONDITIONAL else None
+    classes = int(labels.max()) + 1 if CONDITIONAL else 0
+    if not INIT_FROM:
+        net, alpha_bar = make_network(images.shape[1], classes)
+    if net.shape[0] != images.shape[1] or net.classes != classes:
+        sys.exit(f"error: {INIT_FROM} has {net.shape[0]} channels and no classes, unlike {DATA}")
+    batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device, layout, rank, world)
 
-    def draw(i, path=None, **how):
-        """Batch i of samples, uint8. (SEED, i, batch_size) alone decides its noise."""
-        generator = torch.Generator(device).manual_seed((SEED + 1) * 10**7 - 1 - i)
-        x = torch.empty(batch_size, *shape, device=device, memory_format=layout)
-        x.normal_(generator=generator)
-        y = None
-        if classes:
-            numbers = torch.arange(batch_size * i, batch_size * (i + 1))
-            y = asked[numbers % len(asked)].to(device)
-        with autocast:
-            return data.to_uint8(sample(
-                guide(ema, y, GUIDANCE), x, alpha_bar, path=path,
-                noise=lambda x: torch.empty_like(x).normal_(generator=generator), **how))
-
-    def generate(count, **how):
-        """Yield batches of samples 0, 1, ... count - 1."""
-        for i in range(math.ceil(count / batch_size)):
-            yield draw(i, **how)[:count - batch_size * i]
-
-    chosen = dict(num_steps=SAMPLE_STEPS or TIMESTEPS, sampler=SAMPLER, variance=VARIANCE, eta=ETA)
-    if compiled and SAMPLE + FID >= 1000:  # else compiling takes longer than it saves
-        ema.compile()
-    if SAMPLE:
-        if rank == 0:
-            data.remove_images(out / "generated")
-        if world > 1:
-            distributed.barrier()
-        for i in range(rank, math.ceil(SAMPLE / batch_size), world):
-            batch = draw(i, **chosen)[:SAMPLE - batch_size * i]
-            data.save_images(batch, out / "generated", first=batch_size * i)
-            print(f"wrote images up to {batch_size * i + len(batch) - 1} in {out / 'generated'}")
-            if i == 0:
-                data.save_grid(batch, out / "generated.png", columns)
-        return
-
-    # running averages, by quarter of t, of the sum of losses and the number of images
-    average = torch.zeros(2, 4, device=device)
+    net.to(device, memory_format=layout).train()
+    ema = copy.deepcopy(net).eval()
+    opt = torch.optim.Adam(net.parameters(), LR, fused=True)
+    parts = dict(net=net, ema=ema, opt=opt)
+    fixed = dict(fixed_settings(net), seed=SEED, batch_size=BATCH_SIZE,
+                 steps_per_epoch=len(batches))
     step, rows = 0, []
     if ckpt:
-        average.copy_(ckpt["average"])
-        step, rows = ckpt["step"], ckpt["log"]
-    names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
-    log = data.Log(out / "log.csv", names, step, rows)
-    if compiled:
-        net.compile()
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+        check_fixed(ckpt, **fixed)
+        step, rows = ckpt["step"], ckpt["rows"]
+        for name, part in parts.items():
+            part.load_state_dict(ckpt[name])
+        for weight, state in opt.state.items():
+            for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
+                state[key] = torch.empty_like(weight).copy_(state[key])
+    labels = pick_labels(classes)  # of the samples
+    drawing = (ema, alpha_bar, labels, device, autocast)
     scales = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
-    decay_steps = EPOCHS * len(get_batch)
-    total = min(decay_steps, MAX_STEPS or math.inf)
-    done = step >= total
-    stop = [] if world > 1 else data.catch_signals()  # torchrun ends its processes itself
-    saved_at = time.time()
+    if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
+        net.compile()
+    model = DistributedDataParallel(net) if world > 1 else net
 
-    while not done:
-        x_0, y = get_batch(step)
-        # (SEED, step) alone decides the noise of a step; under torchrun, (SEED, step, rank)
+    last = EPOCHS * len(batches)
+    total = min(last, MAX_STEPS or math.inf)
+    began = time.time() - (rows[-1]["time"] if rows else 0)
+    saved, recent = 0, []  # time of the last checkpoint; statistics since the last row
+    bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
+    for step in bar:
+        x_0, y = batches(step - 1)
+        # a resumed run draws the same noise, and each process noise of its own
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
-        if classes:  # "no label" for a tenth of the images, for classifier-free guidance
-            y = torch.where(torch.rand(len(y), device=device) < 0.1, classes, y)
-
-        # Algorithm 1; the network counts t from 0
-        t = torch.randint(1, TIMESTEPS + 1, (len(x_0),), device=device)
-        eps = torch.randn_like(x_0)
-        x_t = add_noise(x_0, t, eps, scales)
-        with autocast:
-            predicted = model(x_t, t - 1, y)
-        losses = (eps - predicted).square().mean((1, 2, 3))             # (B,)
-        warm_up = min(1, (step + 1) / 200)
-        for group in opt.param_groups:
-            group["lr"] = LR * warm_up * (1 + math.cos(math.pi * step / decay_steps)) / 2
-        opt.zero_grad()
-        losses.mean().backward()                                        # eq. 14
-        opt.step()
-
-        with torch.no_grad():
-            decay = min(EMA, (1 + step) / (10 + step))  # low at first: initial weights fade soon
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-            step += 1
-            quarter = F.one_hot((t - 1) * 4 // TIMESTEPS, 4).float()    # (B, 4)
-            average.lerp_(torch.stack([losses @ quarter, quarter.sum(0)]), max(0.05, 1 / step))
-
-        done = step >= total or bool(stop)
-        epoch = math.ceil(step / len(get_batch))
-        epoch_ends = step % len(get_batch) == 0
-        log_now = step == 1 or step % LOG_EVERY == 0
-        save_now = done or epoch_ends or time.time() - saved_at > 600
+        lr = LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / last)) / 2
+        opt.param_groups[0]["lr"] = lr
+        recent.append(train_step(model, opt, x_0, y, scales, autocast))
+        update_ema(ema, net, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
         if rank > 0:
             continue
-        if log_now or save_now:  # only here does the loop wait for the GPU
-            if not all(tensor.isfinite().all() for tensor in [average, *net.parameters()]):
-                sys.exit(f"error: training diverged by step {step}: try a lower --lr "
-                         f"(an earlier checkpoint in {out} stays as it was)")
-        if log_now:
-            sums, counts = average.cpu()
-            loss = sums.sum() / counts.sum()
-            values = [loss.item(), *(sums / counts).tolist()]
-            log.write(step, total, epoch, BATCH_SIZE, values)
-        if save_now:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state.update(model=Path(__file__).stem, step=step, average=average, log=log.rows,
-                         config=settings, args=net.args)
-            torch.save(state, out / "ckpt.pt.tmp")
-            os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")  # so that ckpt.pt is always whole
-            saved_at = time.time()
-        if SAMPLE_EVERY and not stop and (done or (epoch_ends and epoch % SAMPLE_EVERY == 0)):
-            # DDIM with eta = 1: with eta = 0, the errors of a young network add up
-            path, num_steps = [], min(50, TIMESTEPS)  # path: the first batch comes first in it
-            count = 10 * columns if classes else 64
-            batches = generate(count, num_steps=num_steps, sampler="ddim", eta=1.0, path=path)
-            picture = out / "samples" / f"epoch_{epoch:04}.png"
-            data.save_grid(torch.cat(list(batches)), picture, columns)
-            data.save_gif(out / "samples", out / "samples.gif")
-            shown = [path[i * num_steps // 10][:8] for i in range(11)]  # from x_T to x_0
-            shown = torch.stack(shown, 1).flatten(0, 1)
-            data.save_grid(data.to_uint8(shown), out / "denoise.png", columns=11)
-            data.save_plot(out / "loss.png", "step", "log", loss=log.curves(*names))
 
-    data.set_handlers(signal.SIG_DFL)
-    if rank > 0:
-        return
-    if stop:
-        print(f"stopped at step {step} and saved: go on with --resume --out_dir {out}")
-        sys.exit(128 + stop[0])
-    print(f"done at step {step}, saved in {out / 'ckpt.pt'}")
-    if FID:
-        distance = fid.compare(generate(FID, **chosen), images, FID, SEED, inception)
+        epoch = math.ceil(step / len(batches))
+        if step % LOG_EVERY == 0 or step == total:  # here the loop waits for the GPU
+            sums, counts = torch.stack(recent).sum(0).tolist()
+            recent = []
+            norm = nn.utils.get_total_norm(net.parameters()).item()
+            if not math.isfinite(sum(sums) + norm):
+                sys.exit(f"error: diverged by step {step}: try a lower --lr")
+            row = dict(loss=sum(sums) / sum(counts))
+            for i in range(4):  # the quarters of 1 ... T; one may be empty after a few steps
+                row[f"loss_q{i + 1}"] = sums[i] / counts[i] if counts[i] else None
+            bar.set_postfix(row)
+            rows.append(dict(step=step, epoch=epoch, time=time.time() - began, **row))
+            data.save_table(rows, out / "log.csv")
+            if step == total or time.time() - saved > SAVE_EVERY:
+                ckpt = {name: part.state_dict() for name, part in parts.items()}
+                ckpt["settings"] = {key: globals()[key] for key in run_keys}
+                ckpt.update(script="ddpm", step=step, rows=rows, fixed=fixed, alpha_bar=alpha_bar)
+                torch.save(ckpt, out / "ckpt.tmp")
+                os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
+                saved = time.time()
+        if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
+            path = []
+            for x in draw_batch(0, *drawing):
+                path.append(to_uint8(x[:8]))
+            data.save_grid(to_uint8(x), out / "samples" / f"epoch_{epoch:04}.png", len(labels))
+            shown = torch.stack([path[i * (len(path) - 1) // 10] for i in range(11)], 1)
+            data.save_grid(shown.flatten(0, 1), out / "denoise.png", columns=11)
+            data.save_curves(rows, out / "loss.png")
+
+    if rank == 0:
+        print(f"{out / 'ckpt.pt'} is at step {step} of {total}: --resume --epochs N goes on from it")
+    if FID and rank == 0:
+        import fid
+        distance = fid.compare(generate(FID, *drawing), images, FID, SEED, device)
         print(f"FID {distance:.4f} of {FID} samples")
+    if world > 1:
+        distributed.barrier()  # the others wait for process 0, which may still draw
+        distributed.destroy_process_group()
 
 
-# ---- public weights: the same U-Net by other authors
+def write_samples(out, ckpt):
+    """Write SAMPLE images, of a run or of public weights, into out/generated."""
+    import data
+
+    if "RANK" in os.environ:
+        sys.exit("error: --sample runs in one process: start it without torchrun")
+    device, layout, autocast = pick_device()
+    if INIT_FROM:
+        net, alpha_bar = load_pretrained(INIT_FROM)
+    else:
+        net, alpha_bar = make_network(ckpt["fixed"]["shape"][0], ckpt["fixed"]["classes"])
+    if ckpt:
+        check_fixed(ckpt, **fixed_settings(net))
+        net.load_state_dict(ckpt["ema"])
+    labels = pick_labels(net.classes)
+    net.to(device, memory_format=layout).eval()
+    samples = generate(SAMPLE, net, alpha_bar, labels, device, autocast)
+    data.save_samples(samples, SAMPLE, out, len(labels))
 
 
-def read_diffusers(source):
-    """Arguments of UNet, a UNet2DModel's weights in the order of UNet's, and the UNet2DModel."""
-    from diffusers import UNet2DModel
-
-    theirs = UNet2DModel.from_pretrained(source).eval()
-    modules = [theirs.time_embedding, theirs.conv_in]
-    for part in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks):
-        attentions = getattr(part, "attentions", [])
-        for i, resnet in enumerate(part.resnets):
-            modules += [resnet, *attentions[i:i + 1]]
-        modules += getattr(part, "downsamplers", None) or []
-        modules += getattr(part, "upsamplers", None) or []
-    modules += [theirs.conv_norm_out, theirs.conv_out]
-    weights = []
-    for module in modules:
-        if hasattr(module, "to_q"):  # here q, k and v are one layer
-            qkv = [module.to_q, module.to_k, module.to_v]
-            weights += module.group_norm.parameters()
-            weights.append(torch.cat([layer.weight for layer in qkv]))
-            weights.append(torch.cat([layer.bias for layer in qkv]))
-            weights += module.to_out.parameters()
-        else:
-            weights += module.parameters()
-    config = theirs.config
-    width = config.block_out_channels[0]
-    args = dict(
-        in_channels=config.in_channels, channels=width, blocks=config.layers_per_block,
-        mults=[w // width for w in config.block_out_channels],
-        attention=["Attn" in kind for kind in config.down_block_types],
-        groups=config.norm_num_groups, eps=config.norm_eps)
-    return args, weights, theirs
-
-
-def read_dlstudio(path):
-    """Arguments of UNet, and the weights of improved-diffusion's UNetModel with one head.
-    A state dict of it is in the order of UNet's; the sizes follow from the shapes."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    width, in_channels = state["input_blocks.0.0.weight"].shape[:2]
-    names = [f"input_blocks.{i}.0.in_layers.2.weight" for i in range(100)]
-    widths = {i: len(state[name]) for i, name in enumerate(names) if name in state}
-    firsts = [i for i in widths if i - 1 not in widths]  # the first block of each level
-    args = dict(
-        in_channels=in_channels, channels=width, blocks=len(widths) // len(firsts),
-        mults=[widths[i] // width for i in firsts],
-        attention=[f"input_blocks.{i}.1.qkv.weight" in state for i in firsts],
-        groups=32, eps=1e-5, dlstudio=True)
-    # attention there is of 1d convolutions, whose weights have a third dimension of size 1
-    weights = [w.squeeze(2) if w.ndim == 3 else w for w in state.values()]
-    return args, weights, None
-
-
-def compare_outputs(net, theirs):
-    """ValueError if a UNet and a UNet2DModel give different outputs for a random input."""
-    size = 2 ** len(net.args["mults"])  # leaves 2x2 pixels at the lowest level
-    x = torch.randn(2, net.args["in_channels"], size, size)
-    t = torch.tensor([1, 500])
-    with torch.no_grad():
-        ours, expected = net(x, t), theirs(x, t).sample
-    if not (ours - expected).abs().max() < 1e-3 * expected.abs().max():
-        raise ValueError("its network gives other outputs than UNet")
-
-
-def pretrained_settings(source):
-    """What comes with public weights besides the network, and a learning rate for fine-tuning."""
-    if Path(source).is_file():  # DLStudio's
-        return dict(IMAGE_SIZE=64, LR=1e-4)
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    scheduler = DDPMScheduler.from_pretrained(source)
-    T, config = len(scheduler.betas), scheduler.config
-    for schedule in ("linear", "cosine"):
-        alpha_bar = make_alpha_bar(schedule, T)[1:].float()
-        same = torch.allclose(alpha_bar, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
-        if same and config.prediction_type == "epsilon":
-            size = UNet2DModel.load_config(source)["sample_size"]
-            variance = "large" if config.variance_type == "fixed_large" else "small"
-            return dict(IMAGE_SIZE=size, LR=1e-4, TIMESTEPS=T, SCHEDULE=schedule, VARIANCE=variance)
-    raise ValueError("its betas are not those of either schedule, or it does not predict eps")
-
-
-# ---- flags
-
-
-def parse_flags(argv=None):
-    """The settings by name, and the checkpoint that --resume or --sample starts from, or None.
-    A flag wins over the checkpoint or public weights, these over the preset of the data set, and
-    the preset over the constants at the top of this file."""
-    source = Path(__file__).read_text("utf-8")
-    comments = dict(re.findall(r"^([A-Z]\w*) = .+?  # (.+)$", source, re.M))
-    settings = {name: globals()[name] for name in comments}
-    choices = dict(
-        SCHEDULE=["linear", "cosine"], SAMPLER=["ddpm", "ddim"], VARIANCE=["small", "large"])
+def parse_flags():
+    """The flags that were given, like {"LR": 1e-4}. Each constant is one, its comment the help."""
+    source = Path(__file__).read_text("utf-8").replace("%", "%%")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name, default in settings.items():
-        kind = dict(type=type(default), choices=choices.get(name))
+    for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
+        default = globals()[key]
+        kind = dict(type=type(default))
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, tuple):
-            kind = dict(type=int, nargs="+")
-        flag = f"--{name.lower()}"
-        spellings = {flag: None, flag.replace("_", "-"): None}  # a dict has no doubles
-        parser.add_argument(*spellings, dest=name, **kind,
-                            help=f"{comments[name]} (default: {default})")
-    flags = vars(parser.parse_args(argv))
-    not_zero = "IMAGE_SIZE EPOCHS BATCH_SIZE LR TIMESTEPS CHANNELS MULTS BLOCKS LOG_EVERY SAMPLE"
-    for name, value in flags.items():
-        if isinstance(value, list):
-            flags[name] = tuple(value)
-        if isinstance(value, str):
-            continue
-        limit = 1 if name in ("EMA", "BETA1", "BETA2", "DROPOUT") else 2**32
-        for number in value if isinstance(value, list) else [value]:
-            if not 0 <= number < limit or number == 0 and name in not_zero.split():
-                parser.error(f"--{name.lower()} {number} is out of range: {comments[name]}")
+        elif isinstance(default, list):
+            kind = dict(type=type(default[0]), nargs="+")
+        parser.add_argument(f"--{key.lower()}", dest=key, **kind,
+                            help=f"{comment} (default: {default})")
+    return vars(parser.parse_args())
 
-    settings.update(PRESETS.get(flags.get("DATA", DATA), {}))
-    settings.update(flags)
-    path, ckpt = Path(settings["OUT_DIR"], "ckpt.pt"), None
+
+# ---- public weights, loaded by the packages that made them
+
+
+class Pretrained(nn.Module):
+    """A network of others with the call of UNet. It knows no labels."""
+
+    def __init__(self, net, shape):
+        super().__init__()
+        self.net, self.shape, self.classes = net, shape, 0
+
+    def forward(self, x, t, y=None):
+        eps = self.net(x, t - 1)
+        return eps if isinstance(eps, torch.Tensor) else eps.sample  # diffusers wraps it
+
+
+def load_pretrained(source):
+    """A public network, as a Pretrained, and its alpha_bar (T + 1,), float64. Exits if it cannot.
+
+    source: a Hugging Face repository or a folder with a UNet2DModel of diffusers and its scheduler;
+        or a file, the diffusion.pt of DLStudio
+    """
+    path = Path(source).expanduser()
     try:
-        if settings["INIT_FROM"] and settings["RESUME"]:
-            raise ValueError("it starts a new run: leave it out to go on with one")
-        elif settings["INIT_FROM"]:
-            saved = pretrained_settings(settings["INIT_FROM"])
-        elif settings["RESUME"] or settings["SAMPLE"]:
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-            if ckpt["model"] != Path(__file__).stem:
-                raise ValueError(f"it belongs to {ckpt['model']}, or to an older version")
-            saved = ckpt["config"]
-        else:
-            return settings, None
-    except ImportError:
-        parser.error("--init_from needs diffusers here: pip install diffusers")
-    except Exception as error:  # torch and diffusers raise nearly anything on a damaged file
-        hint = "" if path.exists() else ": train first, or give the --out_dir of a run"
-        parser.error(f"cannot start from {settings['INIT_FROM'] or path}{hint} ({error!r})")
-    for name in "TIMESTEPS SCHEDULE CHANNELS MULTS BLOCKS ATTENTION CONDITIONAL".split():
-        if name in flags and flags[name] != saved.get(name):
-            parser.error(f"--{name.lower()} cannot be changed: leave it out")
-    # what does not come from the checkpoint
-    local = "DATA_DIR OUT_DIR DEVICE DTYPE COMPILE MAX_STEPS FID RESUME SAMPLE LABEL INIT_FROM"
-    settings.update({k: v for k, v in saved.items() if k not in local.split()})
-    settings.update(flags)
-    return settings, ckpt
+        return load_dlstudio(path) if path.is_file() else load_diffusers(source)
+    except ImportError as error:
+        sys.exit(f"error: no module {error.name}: --init_from needs pip install diffusers, or for a "
+                 "file pip install DLStudio pymsgbox torchmetrics")
+    except Exception as error:  # these packages raise many types
+        sys.exit(f"error: cannot load --init_from {source}: {' '.join(str(error).split())}")
+
+
+def load_dlstudio(path):
+    from GenerativeDiffusion import UNetModel
+
+    net = UNetModel(3, 128, 3, num_res_blocks=2, attention_resolutions=(4, 8),
+                    channel_mult=(1, 2, 3, 4))
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return Pretrained(net, [3, 64, 64]), make_alpha_bar("linear", 1000)
+
+
+def load_diffusers(source):
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    source = os.path.expanduser(source)
+    unet, scheduler = dict(subfolder="unet"), dict(subfolder="scheduler")
+    try:
+        UNet2DModel.load_config(source, **unet)  # the folders that DDPMPipeline writes
+    except OSError:
+        unet = scheduler = {}  # one folder, as google/ddpm-cifar10-32
+    net = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **unet)
+    scheduler = DDPMScheduler.from_pretrained(source, **scheduler)
+    config, size = net.config, net.config.sample_size
+    alpha_bar = torch.cat([torch.ones(1), 1 - scheduler.betas]).double().cumprod(0)
+    if (config.in_channels != config.out_channels or config.num_class_embeds or config.class_embed_type
+            or scheduler.config.prediction_type != "epsilon" or not isinstance(size, int)):
+        raise ValueError("it must predict eps, without labels and learned variances, and tell the "
+                         "size of its images")
+    return Pretrained(net, [config.in_channels, size, size]), alpha_bar
 
 
 if __name__ == "__main__":
-    settings, ckpt = parse_flags()
-    globals().update(settings)
-    main(settings, ckpt)
-    if distributed.is_initialized():
-        distributed.barrier()  # until the first process is done
-        distributed.destroy_process_group()
+    import data
+
+    flags = parse_flags()
+    globals().update(flags)
+    out = Path(OUT_DIR).expanduser()
+    from_run = RESUME or SAMPLE and "INIT_FROM" not in flags
+    ckpt = load_checkpoint(out / "ckpt.pt") if from_run else None
+    if ckpt:  # a run keeps its settings; only a flag that is given now changes one
+        for key, value in ckpt["settings"].items():
+            if key not in flags and value != globals()[key]:
+                print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
+                globals()[key] = value
+    try:
+        write_samples(out, ckpt) if SAMPLE else train(out, ckpt)
+    except data.Error as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: --resume --out_dir {out} goes on from the last checkpoint")

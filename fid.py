@@ -1,11 +1,11 @@
 """FID, the Fréchet Inception Distance (Heusel et al. 2017, https://arxiv.org/abs/1706.08500).
 
 It measures how far apart two sets of images are. An Inception network turns each image into 2048
-features, a Gaussian is fitted to the features of each set, and FID is the Fréchet distance between
-the two Gaussians: 0 for equal ones. Network, resizing and arithmetic are those of pytorch-fid.
+features, a Gaussian is fitted to the features of each set, and FID is the squared Fréchet distance
+between the two Gaussians: 0 for equal ones. Network, resizing and arithmetic are pytorch-fid's.
 
     python fid.py out/dcgan/generated celeba            # prints one line: FID 12.3456
-    python fid.py path/to/photos --save photos.npz      # statistics, to be used as an input
+    python fid.py path/to/photos --save photos.npz      # statistics, which can be an input
     python fid.py generated.zip photos.npz --num 10000
 
 An input is a folder or .zip of images, a .npy or .npz of uint8 images (N, H, W, C), a .npz of
@@ -16,9 +16,9 @@ statistics (mu and sigma), celeba or mnist. As a library:
     frechet_distance(*statistics(fakes, inception), *statistics(reals, inception))
 """
 import argparse
-import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,12 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import inception
+from torchvision.models import inception as torchvision_inception
+
+try:
+    from data import Error  # a mistake of the user, which the scripts print in one line
+except ImportError:  # a copied fid.py needs data.py for the command alone
+    Error = ValueError
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -40,7 +45,7 @@ def average(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class BlockA(inception.InceptionA):
+class BlockA(torchvision_inception.InceptionA):
     def _forward(self, x):
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         return [
@@ -51,7 +56,7 @@ class BlockA(inception.InceptionA):
         ]
 
 
-class BlockC(inception.InceptionC):
+class BlockC(torchvision_inception.InceptionC):
     def _forward(self, x):
         double = self.branch7x7dbl_2(self.branch7x7dbl_1(x))
         double = self.branch7x7dbl_4(self.branch7x7dbl_3(double))
@@ -63,7 +68,7 @@ class BlockC(inception.InceptionC):
         ]
 
 
-class BlockE(inception.InceptionE):
+class BlockE(torchvision_inception.InceptionE):
     def _forward(self, x):
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
@@ -87,10 +92,11 @@ class LastBlockE(BlockE):
         return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
-class Inception(inception.Inception3):
-    """uint8 images (B, 1 or 3, H, W), or a list of (1, C, H, W) of any sizes -> (B, 2048).
+class Inception(torchvision_inception.Inception3):
+    """uint8 images (B, 1 or 3, H, W), or a list of (1, C, H, W) of any sizes -> features (B, 2048).
 
     weights: a file with the state dict of pytorch-fid's network; by default it is downloaded once
+    Raises Error if there are no such weights.
     """
 
     def __init__(self, weights=""):
@@ -104,17 +110,15 @@ class Inception(inception.Inception3):
         self.Mixed_6e = BlockC(768, 192)
         self.Mixed_7b = BlockE(1280)
         self.Mixed_7c = LastBlockE(2048)
-        path = Path(weights or download_weights())
+        path = Path(weights).expanduser() if weights else download_weights()
         try:
             self.load_state_dict(torch.load(path, "cpu", weights_only=True))
-        except OSError:
-            raise
-        except Exception as error:  # torch raises nearly anything on a file that is not its own
-            raise ValueError(f"{path} does not hold the weights of pytorch-fid's Inception: "
-                             f"get them from {URL}") from error
+        except Exception as error:  # torch.load raises many types on a file that is not its own
+            raise Error(f"{path} does not hold the weights of pytorch-fid's Inception "
+                        f"({type(error).__name__}): get them from {URL}") from error
         self.eval().requires_grad_(False)
         for block in list(self.modules()):
-            if isinstance(block, inception.BasicConv2d):  # BatchNorm becomes part of the weights
+            if isinstance(block, torchvision_inception.BasicConv2d):  # BatchNorm joins the weights
                 fused = nn.utils.fuse_conv_bn_eval(block.conv.double(), block.bn.double())
                 block.conv, block.bn = fused.float(), nn.Identity()
         self.fc = nn.Identity()
@@ -123,7 +127,7 @@ class Inception(inception.Inception3):
     def forward(self, images):
         batches = images if isinstance(images, list) else [images]
         if any(batch.dtype != torch.uint8 for batch in batches):
-            raise ValueError(f"Inception takes uint8 images, 0 to 255, not {batches[0].dtype}")
+            raise Error(f"Inception takes uint8 images, 0 to 255, not {batches[0].dtype}")
         weight = self.Conv2d_1a_3x3.conv.weight
         # deviation 4: resized without antialiasing, to [-1, 1]
         resized = [F.interpolate(batch.to(weight) / 255, (299, 299), mode="bilinear")
@@ -140,24 +144,24 @@ def download_weights():
         try:
             torch.hub.download_url_to_file(URL, str(path), SHA256)
         except (OSError, RuntimeError) as error:  # no network, or another hash
-            raise OSError(f"cannot download Inception's weights ({error}): get {URL} and put it "
-                          f"into {path.parent}, or give --weights") from error
+            raise Error(f"cannot download Inception's weights ({error}): get {URL} and put it into "
+                        f"{path.parent}, or give fid.py --weights") from error
     return path
 
 
 # ---- the two Gaussians and their distance
 
 
-def statistics(images, inception, batch_size=64):
+def statistics(batches, inception):
     """Mean (2048,) and covariance (2048, 2048) of the features of images, in float64.
 
-    images: a uint8 tensor (N, C, H, W), or an iterable of what Inception takes
-    Only sums are kept, so memory does not grow with N. ValueError on fewer than two images.
+    batches: an iterable of what Inception takes, or one uint8 tensor (N, C, H, W)
+    Only sums are kept, so memory does not grow with N. Raises Error on fewer than two images.
     """
-    if isinstance(images, torch.Tensor):
-        images = images.split(batch_size)
+    if isinstance(batches, torch.Tensor):
+        batches = batches.split(64)
     count, shift = 0, None
-    for batch in images:
+    for batch in batches:
         x = inception(batch)
         x = (x.cpu() if x.is_mps else x).double()  # MPS has no float64
         if shift is None:  # sums around a value near the mean lose no digits
@@ -168,7 +172,7 @@ def statistics(images, inception, batch_size=64):
         total += x.sum(0)
         products += x.T @ x
     if count < 2:
-        raise ValueError(f"{count} images: a covariance needs two or more")
+        raise Error(f"{count} images: a covariance needs two or more")
     mean = total / count
     covariance = (products - count * torch.outer(mean, mean)) / (count - 1)  # unbiased
     return (mean + shift).cpu().numpy(), covariance.cpu().numpy()
@@ -177,110 +181,112 @@ def statistics(images, inception, batch_size=64):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al., eq. 6).
 
-    ValueError on statistics of different dimensions, or that are not finite.
+    mu: means (D,); sigma: covariances (D, D). Raises Error if they are not, or not finite.
     """
     if not np.shape(mu1) * 2 == np.shape(mu2) * 2 == np.shape(sigma1) == np.shape(sigma2):
-        raise ValueError(f"statistics of different dimensions: {np.shape(mu1)}, {np.shape(mu2)}")
+        shapes = [np.shape(part) for part in (mu1, sigma1, mu2, sigma2)]
+        raise Error(f"these are not means (D,) and covariances (D, D): {shapes}")
     if not all(np.isfinite(part).all() for part in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("the statistics are not finite")
+        raise Error("the statistics are not finite")
     values, vectors = np.linalg.eigh(sigma1)
     others = np.linalg.eigvalsh(sigma2)
+    if min(values[0], others[0]) < -1e-3 * max(values[-1], others[-1]):
+        raise Error("a covariance has negative eigenvalues")
     if values[0] > 1e-10 * values[-1] and others[0] > 1e-10 * others[-1]:
         trace = np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
     else:
         # With fewer images than features a covariance is singular, and sqrtm may fail. The product
         # has the eigenvalues of a symmetric matrix, whose roots always exist.
-        half = vectors * np.sqrt(values.clip(0)) @ vectors.T
-        trace = np.sqrt(np.linalg.eigvalsh(half @ sigma2 @ half).clip(0)).sum()
+        root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+        trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
     return max(float(distance), 0.0)  # rounding may leave -1e-10 for two equal sets
 
 
-def compare(samples, images, num, seed, inception):
+def compare(samples, images, num, seed, device):
     """FID of uint8 batches of samples against `num` random images of a tensor (N, C, H, W)."""
-    images = images[random_subset(len(images), min(num, len(images)), seed)]
+    inception = Inception().to(device)
+    images = images[random_order(len(images), seed)[:num]]
     return frechet_distance(*statistics(samples, inception), *statistics(images, inception))
 
 
-def random_subset(total, num, seed):
-    """`num` of the indices 0 ... total - 1, in rising order; (seed, total) decides which."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return order[:num].sort().values
+def random_order(total, seed):
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- command
 
 
 def open_input(name, args):
-    """The statistics that an input holds, or None; else batches of images, and their number."""
+    """What an input holds: its statistics, or None; batches of its images; their number."""
     import data
 
     path = Path(name).expanduser()
-    if path.suffix == ".npz" and path.exists():
+    if name not in data.NAMED and not path.exists():
+        raise Error(f"there is no input {name}")
+    if name not in data.NAMED and path.suffix.lower() == ".npz":
         try:
             with np.load(path, allow_pickle=False) as file:
                 if {"mu", "sigma"} <= set(file.files):
-                    return (file["mu"], file["sigma"]), None, math.inf
-        except Exception as error:  # a damaged file makes NumPy raise nearly anything
-            raise ValueError(f"{path} is not a readable .npz: {error}") from error
-    names = None
-    if name in ("celeba", "mnist"):  # as data.py crops and resizes it for training
-        size = args.image_size or (64 if name == "celeba" else 28)
+                    return (file["mu"], file["sigma"]), None, 0
+        except Exception as error:  # NumPy raises many types on damaged files
+            raise Error(f"{path} is not a readable .npz: {error}") from error
+    if name in data.NAMED:  # cropped and resized as for training
+        size = args.image_size or (64 if "face" in name or name == "celeba" else 28)
         images, _ = data.load(name, size, args.data_dir)
-    elif not path.exists():
-        raise ValueError(f"there is no input {name}")
     elif path.suffix.lower() in (".npy", ".npz"):
         images = torch.from_numpy(data.read_array(path)).permute(0, 3, 1, 2)
     else:
         names, open_file = data.list_files(path)
-    total = len(images if names is None else names)
-    if args.num > total:
-        raise ValueError(f"--num {args.num}: {name} has {total} images")
-    chosen = random_subset(total, args.num or total, args.seed)
-    if names is None:
-        batches = (images[some] for some in chosen.split(args.batch_size))
-    else:
-        batches = read_files([names[i] for i in chosen], open_file, args.batch_size)
-    return None, batches, len(chosen)
+        if args.num:
+            names = [names[i] for i in random_order(len(names), args.seed)]
+        batches = read_files(names, open_file, args.num, args.batch_size)
+        return None, batches, args.num or len(names)
+    if args.num > len(images):
+        raise Error(f"--num {args.num}: {name} has {len(images)} images")
+    order = random_order(len(images), args.seed) if args.num else torch.arange(len(images))
+    chosen = order[:args.num or None]
+    return None, (images[part] for part in chosen.split(args.batch_size)), len(chosen)
 
 
-def read_files(names, open_file, batch_size):
-    """Yield decoded images in batches: a tensor (B, 3, H, W), or a list if sizes differ."""
+def read_files(names, open_file, num, batch_size):
+    """Yield images in batches, a tensor (B, 3, H, W), or a list of (1, 3, H, W) if sizes differ.
+
+    Stops after `num` images; 0 = all. What cannot be read is skipped, and does not count.
+    """
     import data
 
-    skipped = []
-
-    def decode(name):
-        try:
-            pixels = np.array(data.read_image(open_file(name)))
-            return torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        except Exception:  # a damaged file makes Pillow raise nearly anything
-            skipped.append(name)
-
+    count, skipped = 0, []
     with ThreadPoolExecutor() as pool:
-        parts = [names[i:i + batch_size] for i in range(0, len(names), batch_size)]
-        ahead = pool.map(decode, parts[0] if parts else [])
-        for part in [*parts[1:], []]:
-            images = [image for image in ahead if image is not None]
-            ahead = pool.map(decode, part)  # while the network works on these images
-            if len({image.shape for image in images}) == 1:
-                yield torch.cat(images)
-            elif images:
-                yield images
-    data.report_skipped(sorted(skipped), len(names))
+        for i in range(0, len(names), batch_size):
+            part = names[i:i + batch_size]
+            images = []
+            for name, (pixels, reason) in zip(part, pool.map(partial(data.decode_image, open_file), part)):
+                if pixels is None:
+                    skipped.append(f"{name}: {reason}")
+                elif count < num or not num:
+                    images.append(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+                    count += 1
+            if images:
+                same_size = len({image.shape for image in images}) == 1
+                yield torch.cat(images) if same_size else images
+            if count == num > 0:
+                break
+    data.report_skipped(skipped, len(names))
+    if count < num:
+        raise Error(f"--num {num}: there are {count} readable images")
 
 
 def show_progress(batches, name, total):
-    """Pass batches on, and print on stderr how many images are done."""
-    count = 0
-    for batch in batches:
-        yield batch
-        count += len(batch)
-        print(f"\r{name}: {count:,} of {total:,} images", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    from tqdm import tqdm
+
+    with tqdm(desc=name, total=total, unit="image") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS)
@@ -290,39 +296,37 @@ def main(argv=None):
     add("--save", default="", metavar="FILE.npz", help="write the statistics of one input")
     add("--num", type=int, default=0, help="a random subset of N images of each input; 0 = all")
     add("--seed", type=int, default=0, help="of the random subset (default: %(default)s)")
-    add("--batch_size", "--batch-size", type=int, default=64, help="(default: %(default)s)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first that there is)")
-    add("--data_dir", "--data-dir", default="data", help="of celeba and mnist")
-    add("--image_size", "--image-size", type=int, default=0, help="of celeba and mnist")
-    args = parser.parse_args(argv)
+    add("--batch_size", type=int, default=64, help="(default: %(default)s)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: a GPU if there is one)")
+    add("--data_dir", default="data", help="of celeba and mnist")
+    add("--image_size", type=int, default=0, help="of celeba and mnist")
+    args = parser.parse_args()
     if len(args.inputs) != (1 if args.save else 2):
         parser.error("give two inputs, or one and --save FILE.npz")
-    if args.num < 0 or args.batch_size < 1 or args.image_size < 0:
-        parser.error("--num, --batch_size and --image_size must be positive")
+    if args.num < 0 or args.batch_size < 1:
+        parser.error("--num must be 0 or more, --batch_size 1 or more")
 
-    import data
-
-    try:
-        inputs = [open_input(name, args) for name in args.inputs]
-        network, results = None, []
-        for name, (result, batches, total) in zip(args.inputs, inputs):
-            if result is None:
-                network = network or Inception(args.weights).to(data.pick_device(args.device)[0])
-                result = statistics(show_progress(batches, name, total), network)
-            results.append(result)
-        if args.save:
-            mu, sigma = results[0]
-            with data.replacing(Path(args.save.removesuffix(".npz") + ".npz")) as tmp:
-                np.savez(tmp, mu=mu, sigma=sigma)
-            return
-        distance = frechet_distance(*results[0], *results[1])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if min(total for _, _, total in inputs) < 10_000:
-        print("warning: FID is too high with fewer than 10,000 images: compare it only with FIDs "
-              "of as many images", file=sys.stderr)
-    print(f"FID {distance:.4f}")
+    inputs = [open_input(name, args) for name in args.inputs]  # finds mistakes before the work
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    device = gpu or "cpu" if args.device == "auto" else args.device
+    inception, gaussians = None, []
+    for name, (gaussian, batches, total) in zip(args.inputs, inputs):
+        if gaussian is None:
+            inception = inception or Inception(args.weights).to(device)
+            gaussian = statistics(show_progress(batches, name, total), inception)
+            if total < 10_000:
+                print(f"{name}: with fewer than 10,000 images FID is too high; compare only FIDs of "
+                      "equally many", file=sys.stderr)
+        gaussians.append(gaussian)
+    if args.save:
+        mu, sigma = gaussians[0]
+        np.savez(Path(args.save).expanduser(), mu=mu, sigma=sigma)
+    else:
+        print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Error as error:
+        sys.exit(f"error: {error}")
