@@ -268,9 +268,9 @@ def train(out, ckpt=None):
             bar.set_postfix(row)
             data.save_table(rows, out / "log.csv")
             if step == total or time.time() - saved > SAVE_EVERY:
-                ckpt = dict(
-                    script="cgan", settings={key: globals()[key] for key in run_keys}, fixed=fixed,
-                    step=step, rows=rows, **{name: part.state_dict() for name, part in parts.items()})
+                ckpt = {name: part.state_dict() for name, part in parts.items()}
+                ckpt["settings"] = {key: globals()[key] for key in run_keys}
+                ckpt.update(script="cgan", step=step, rows=rows, fixed=fixed)
                 torch.save(ckpt, out / "ckpt.tmp")
                 os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
                 saved = time.time()

@@ -378,7 +378,7 @@ def save_samples(batches, num, out, columns=8):
     folder = out / "generated"
     for file in folder.glob("[0-9]" * 6 + ".png"):
         file.unlink()
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     first = 0
     with tqdm(total=num, unit="image") as bar:
         for images in batches:

@@ -56,7 +56,8 @@ RESUME = False          # continue the run in OUT_DIR with its settings; flags g
 SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
 
 # ---- networks (section 3 and figure 1)
-# With kernel 4, stride 2, padding 1, Conv2d halves height and width and ConvTranspose2d doubles them.
+# With kernel 4, stride 2 and padding 1, a convolution halves height and width, a transposed one
+# doubles them.
 
 
 def layer_channels(image_size, width):
@@ -267,9 +268,9 @@ def train(out, ckpt=None):
             bar.set_postfix(row)
             data.save_table(rows, out / "log.csv")
             if step == total or time.time() - saved > SAVE_EVERY:
-                ckpt = dict(
-                    script="dcgan", settings={key: globals()[key] for key in run_keys}, fixed=fixed,
-                    step=step, rows=rows, **{name: part.state_dict() for name, part in parts.items()})
+                ckpt = {name: part.state_dict() for name, part in parts.items()}
+                ckpt["settings"] = {key: globals()[key] for key in run_keys}
+                ckpt.update(script="dcgan", step=step, rows=rows, fixed=fixed)
                 torch.save(ckpt, out / "ckpt.tmp")
                 os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
                 saved = time.time()

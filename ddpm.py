@@ -49,7 +49,8 @@ CONDITIONAL = False     # give the labels to the network
 EMA = 0.999             # decay of the averaged weights that draw the samples; 0 = no averaging
 SEED = 0                # decides initial weights, noise and the order of images
 INIT_FROM = ""          # start from public weights: a Hugging Face repository, a folder or a file
-run_keys = [k for k, v in globals().items() if k.isupper() and type(v) in (int, float, str, bool, list)]
+run_keys = [key for key, value in globals().items()
+            if key.isupper() and isinstance(value, (int, float, str, list))]
 
 # ---- settings of this call
 
@@ -284,7 +285,7 @@ def ddim_step(x_t, x_0, a_t, a_s, eta):
 
 @torch.no_grad()
 def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
-    """From noise x_T (B, C, H, W) to images x_0 in [-1, 1], in num_steps steps: yields x_T, ..., x_0.
+    """From noise x_T (B, C, H, W) to images x_0 in [-1, 1]. Yields num_steps + 1 states, x_T to x_0.
 
     net: a function of x_t and t (B,) that predicts eps
     eta, order: 1, 1 is DDPM (Ho et al., Algorithm 2); 0, 1 is DDIM; 0, 2 is DPM-Solver++(2M)
@@ -319,10 +320,22 @@ def to_uint8(x):
 # ---- a run
 
 
-def pick_device():
-    """The device, the memory layout of images, and autocast in the precision of the flags."""
+def check_settings():
+    """Exit if a setting would fail late, or silently give wrong images."""
+    multiple = 2 ** (len(MULTS) - 1)
+    if IMAGE_SIZE % multiple or CHANNELS % 16:
+        sys.exit(f"error: {len(MULTS)} levels need a multiple of {multiple} as --image_size, and "
+                 "GroupNorm a multiple of 16 as --channels")
+    if SAMPLE_STEPS < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
+        sys.exit("error: give --sample_steps of 1 or more, --order 1 or 2, --eta from 0 to 1")
+    if not CONDITIONAL and (LABEL or GUIDANCE != 1) or CONDITIONAL and INIT_FROM:
+        sys.exit("error: --label and --guidance need a network that was trained with --conditional")
     if DTYPE not in ("auto", "bfloat16", "float32"):
         sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
+
+
+def pick_device():
+    """The device, the memory layout of images, and autocast in the precision of the flags."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if DEVICE != "auto":
         device = torch.device(DEVICE)
@@ -358,17 +371,12 @@ def check_fixed(ckpt, **fixed):
 
 
 def pick_labels(classes):
-    """The class numbers of --label in a tensor; all classes by default. Exits if flags of sampling
-    would silently give wrong images."""
+    """The class numbers of --label in a tensor; all classes by default."""
     labels = range(max(classes, 1))
     if LABEL:
         labels = [int(label) for label in LABEL.split(",")]
         if not set(labels) <= set(range(classes)):
             sys.exit(f"error: --label {LABEL}: there are {classes} classes, counted from 0")
-    if SAMPLE_STEPS < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
-        sys.exit("error: give --sample_steps of 1 or more, --order 1 or 2, --eta from 0 to 1")
-    if GUIDANCE != 1 and not classes:
-        sys.exit("error: --guidance needs a network with classes")
     return torch.tensor(labels)
 
 
@@ -395,23 +403,23 @@ def generate(num, net, alpha_bar, labels, device, autocast):
 
 def make_network(channels, classes):
     """The U-Net of the settings, for images with so many channels, and its alpha_bar."""
-    if IMAGE_SIZE % 2 ** (len(MULTS) - 1) or CHANNELS % 16:
-        sys.exit(f"error: --image_size must be a multiple of {2 ** (len(MULTS) - 1)} for "
-                 f"{len(MULTS)} levels, and --channels a multiple of 16")
     shape = [channels, IMAGE_SIZE, IMAGE_SIZE]
     net = UNet(shape, CHANNELS, MULTS, BLOCKS, ATTENTION, classes)
     return net, make_alpha_bar(SCHEDULE, TIMESTEPS)
 
 
 def fixed_settings(net):
-    """What a run cannot change, apart from the order of its images."""
+    """What the checkpoint of a network cannot be combined with in another value."""
     return dict(shape=list(net.shape), classes=net.classes, channels=CHANNELS, mults=MULTS,
                 blocks=BLOCKS, attention=ATTENTION, timesteps=TIMESTEPS, schedule=SCHEDULE,
                 init_from=INIT_FROM)
 
 
-def train(out, ckpt=None):
-    """Train the network, from the start or from a checkpoint. Writes its files into `out`."""
+def train(out, ckpt=None, pretrained=None):
+    """Train a network, from the start, a checkpoint or public weights. Writes its files into `out`.
+
+    pretrained: a network and its alpha_bar, as load_pretrained() returns them
+    """
     from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 
@@ -425,24 +433,20 @@ def train(out, ckpt=None):
         distributed.init_process_group(timeout=datetime.timedelta(days=1))
     if rank > 0:
         distributed.barrier()  # process 0 prepares the data; the others then read its files
-    torch.manual_seed(SEED)
-    size = IMAGE_SIZE
-    if INIT_FROM:
-        net, alpha_bar = load_pretrained(INIT_FROM)
-        size = net.shape[1]
-    images, labels = data.load(DATA, size, DATA_DIR, LIMIT)
+    images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
     if rank == 0 and world > 1:
         distributed.barrier()
     if CONDITIONAL and labels is None:
         sys.exit(f"error: {DATA} has no labels: leave out --conditional")
     labels = labels if CONDITIONAL else None
     classes = int(labels.max()) + 1 if CONDITIONAL else 0
-    if not INIT_FROM:
-        net, alpha_bar = make_network(images.shape[1], classes)
-    if net.shape[0] != images.shape[1] or net.classes != classes:
-        sys.exit(f"error: {INIT_FROM} has {net.shape[0]} channels and no classes, unlike {DATA}")
     batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device, layout, rank, world)
 
+    torch.manual_seed(SEED)
+    net, alpha_bar = pretrained or make_network(images.shape[1], classes)
+    if net.shape[0] != images.shape[1]:
+        sys.exit(f"error: images of {DATA} have {images.shape[1]} channels, {INIT_FROM} is for "
+                 f"{net.shape[0]}")
     net.to(device, memory_format=layout).train()
     ema = copy.deepcopy(net).eval()
     opt = torch.optim.Adam(net.parameters(), LR, fused=True)
@@ -465,8 +469,8 @@ def train(out, ckpt=None):
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
 
-    last = EPOCHS * len(batches)
-    total = min(last, MAX_STEPS or math.inf)
+    all_epochs = EPOCHS * len(batches)
+    total = min(all_epochs, MAX_STEPS or math.inf)
     began = time.time() - (rows[-1]["time"] if rows else 0)
     saved, recent = 0, []  # time of the last checkpoint; statistics since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
@@ -474,7 +478,7 @@ def train(out, ckpt=None):
         x_0, y = batches(step - 1)
         # a resumed run draws the same noise, and each process noise of its own
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
-        lr = LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / last)) / 2
+        lr = LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / all_epochs)) / 2
         opt.param_groups[0]["lr"] = lr
         recent.append(train_step(model, opt, x_0, y, scales, autocast))
         update_ema(ema, net, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
@@ -511,7 +515,7 @@ def train(out, ckpt=None):
             data.save_curves(rows, out / "loss.png")
 
     if rank == 0:
-        print(f"{out / 'ckpt.pt'} is at step {step} of {total}: --resume --epochs N goes on from it")
+        print(f"{out / 'ckpt.pt'} is at step {step} of {total}: --resume --epochs N continues it")
     if FID and rank == 0:
         import fid
         distance = fid.compare(generate(FID, *drawing), images, FID, SEED, device)
@@ -521,17 +525,15 @@ def train(out, ckpt=None):
         distributed.destroy_process_group()
 
 
-def write_samples(out, ckpt):
-    """Write SAMPLE images, of a run or of public weights, into out/generated."""
+def write_samples(out, ckpt=None, pretrained=None):
+    """Write SAMPLE images of a run, or of a public network, into out/generated."""
     import data
 
     if "RANK" in os.environ:
         sys.exit("error: --sample runs in one process: start it without torchrun")
     device, layout, autocast = pick_device()
-    if INIT_FROM:
-        net, alpha_bar = load_pretrained(INIT_FROM)
-    else:
-        net, alpha_bar = make_network(ckpt["fixed"]["shape"][0], ckpt["fixed"]["classes"])
+    fixed = ckpt["fixed"] if ckpt else {}
+    net, alpha_bar = pretrained or make_network(fixed["shape"][0], fixed["classes"])
     if ckpt:
         check_fixed(ckpt, **fixed_settings(net))
         net.load_state_dict(ckpt["ema"])
@@ -584,8 +586,8 @@ def load_pretrained(source):
     try:
         return load_dlstudio(path) if path.is_file() else load_diffusers(source)
     except ImportError as error:
-        sys.exit(f"error: no module {error.name}: --init_from needs pip install diffusers, or for a "
-                 "file pip install DLStudio pymsgbox torchmetrics")
+        sys.exit(f"error: no module {error.name}: pip install diffusers; for a file, "
+                 "pip install DLStudio pymsgbox torchmetrics")
     except Exception as error:  # these packages raise many types
         sys.exit(f"error: cannot load --init_from {source}: {' '.join(str(error).split())}")
 
@@ -610,13 +612,14 @@ def load_diffusers(source):
         unet = scheduler = {}  # one folder, as google/ddpm-cifar10-32
     net = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **unet)
     scheduler = DDPMScheduler.from_pretrained(source, **scheduler)
-    config, size = net.config, net.config.sample_size
+    channels, size = net.config.in_channels, net.config.sample_size
+    with_labels = net.config.num_class_embeds or net.config.class_embed_type
+    if (with_labels or net.config.out_channels != channels or not isinstance(size, int)
+            or scheduler.config.prediction_type != "epsilon"):
+        raise ValueError("it must predict eps, without labels and without learned variances, and "
+                         "tell the size of its images")
     alpha_bar = torch.cat([torch.ones(1), 1 - scheduler.betas]).double().cumprod(0)
-    if (config.in_channels != config.out_channels or config.num_class_embeds or config.class_embed_type
-            or scheduler.config.prediction_type != "epsilon" or not isinstance(size, int)):
-        raise ValueError("it must predict eps, without labels and learned variances, and tell the "
-                         "size of its images")
-    return Pretrained(net, [config.in_channels, size, size]), alpha_bar
+    return Pretrained(net, [channels, size, size]), alpha_bar
 
 
 if __name__ == "__main__":
@@ -625,15 +628,20 @@ if __name__ == "__main__":
     flags = parse_flags()
     globals().update(flags)
     out = Path(OUT_DIR).expanduser()
-    from_run = RESUME or SAMPLE and "INIT_FROM" not in flags
-    ckpt = load_checkpoint(out / "ckpt.pt") if from_run else None
-    if ckpt:  # a run keeps its settings; only a flag that is given now changes one
+    ckpt = None
+    if RESUME or SAMPLE and "INIT_FROM" not in flags:
+        ckpt = load_checkpoint(out / "ckpt.pt")
+        # a run keeps its settings; only a flag that is given now changes one
         for key, value in ckpt["settings"].items():
             if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
+    pretrained = load_pretrained(INIT_FROM) if INIT_FROM else None
+    if pretrained:
+        IMAGE_SIZE = pretrained[0].shape[1]
+    check_settings()
     try:
-        write_samples(out, ckpt) if SAMPLE else train(out, ckpt)
+        write_samples(out, ckpt, pretrained) if SAMPLE else train(out, ckpt, pretrained)
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -261,7 +261,8 @@ def read_files(names, open_file, num, batch_size):
         for i in range(0, len(names), batch_size):
             part = names[i:i + batch_size]
             images = []
-            for name, (pixels, reason) in zip(part, pool.map(partial(data.decode_image, open_file), part)):
+            decoded = pool.map(partial(data.decode_image, open_file), part)
+            for name, (pixels, reason) in zip(part, decoded):
                 if pixels is None:
                     skipped.append(f"{name}: {reason}")
                 elif count < num or not num:
@@ -315,8 +316,8 @@ def main():
             inception = inception or Inception(args.weights).to(device)
             gaussian = statistics(show_progress(batches, name, total), inception)
             if total < 10_000:
-                print(f"{name}: with fewer than 10,000 images FID is too high; compare only FIDs of "
-                      "equally many", file=sys.stderr)
+                print(f"{name}: fewer than 10,000 images make FID too high; compare it only with "
+                      "FIDs of as many images", file=sys.stderr)
         gaussians.append(gaussian)
     if args.save:
         mu, sigma = gaussians[0]

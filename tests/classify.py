@@ -1,18 +1,21 @@
 """How good are generated digits? A classifier of MNIST reads them.
 
     python cgan.py --sample 10000 && python tests/classify.py out/cgan/generated
-    python tests/classify.py out/gan/generated --unlabelled
+    python tests/classify.py out/a/generated out/b/generated        # a row for each
+    python tests/classify.py --unlabelled out/gan/generated
 
-It prints how many images are read with a probability above 0.9, and the share of the rarest digit.
-Of images with all classes in turn (image i shows digit i mod 10), it also prints how many are read
-as that digit, and the mean distance between images of a digit, relative to that of real ones. With
---unlabelled, it prints the share of each digit instead.
+A row shows how many images are read with a probability above 0.9, the share of the rarest digit,
+and the Frechet distance between the classifier's features of the images and of the 10,000 test
+digits (compare it only between equally many images). Where all classes come in turn, so that image
+i shows digit i mod 10, it also shows how many are read as that digit, and the variety: the mean
+distance between images of a digit, relative to real ones. --by_digit adds these for each digit.
 
 The classifier is trained once, for some minutes, on the 60,000 training digits. It should read 99 %
-or more of the 10,000 test digits.
+or more of the test digits.
 """
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from torchvision.datasets import MNIST
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
+import fid  # noqa: E402
 
 
 def make_network():
@@ -32,13 +36,13 @@ def make_network():
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 3 * 3, 10))
 
 
-def train(net, data_dir, device):
-    get_batch = data.Batches(*data.load("mnist", 28, data_dir), 128, device=device)
-    total = 3 * len(get_batch)  # three epochs
+def train(net, images, labels, device):
+    batches = data.Batches(images, labels, 128, device=device)
+    total = 3 * len(batches)  # three epochs
     opt = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total)
     for step in range(total):
-        x, y = get_batch(step)
+        x, y = batches(step)
         opt.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         opt.step()
@@ -47,9 +51,10 @@ def train(net, data_dir, device):
 
 @torch.no_grad()
 def classify(net, images, device):
-    """Probabilities (N, 10) of uint8 images (N, 1, 28, 28)."""
+    """Of uint8 images (N, 1, 28, 28): features (N, 576), and probabilities (N, 10)."""
     batches = [batch.to(device) / 127.5 - 1 for batch in images.split(1000)]
-    return torch.cat([net(batch).softmax(1).cpu() for batch in batches])
+    features = torch.cat([net[:-1](batch) for batch in batches])
+    return features.cpu(), net[-1](features).softmax(1).cpu()
 
 
 def spread(images):
@@ -63,42 +68,54 @@ def by_digit(values, form):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", help="folder, .zip, .npy or .npz of 28 px digits")
+    parser.add_argument("images", nargs="+", help="folders, .zip, .npy or .npz of 28 px digits")
     parser.add_argument("--unlabelled", action="store_true", help="no digit was asked for")
+    parser.add_argument("--by_digit", action="store_true")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--classifier", default="out/classifier.pt")
     args = parser.parse_args()
 
-    images, _ = data.load(args.images, 28, args.data_dir)
-    device, path = data.pick_device()[0], Path(args.classifier)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    path = Path(args.classifier)
     torch.manual_seed(0)
     net = make_network().to(device)
+    real, labels = data.load("mnist", 28, args.data_dir)
     if not path.exists():
         print("training the classifier (once)", file=sys.stderr)
-        train(net, args.data_dir, device)
-        with data.replacing(path) as tmp:
-            torch.save(net.state_dict(), tmp)
+        train(net, real, labels, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(net.state_dict(), path)
     net.eval().load_state_dict(torch.load(path, device, weights_only=True))
 
     test = MNIST(args.data_dir, train=False)
-    right = classify(net, test.data[:, None], device).argmax(1) == test.targets
-    print(f"classifier: {right.float().mean():.2%} of {len(right):,} test digits right")
-    probability, digit = classify(net, images, device).max(1)
-    sure = (probability > 0.9).float().mean()
-    print(f"{len(images):,} images, {sure:.2%} read with a probability above 0.9")
-    shares = digit.bincount(minlength=10) / len(digit)
-    print(f"rarest digit: {shares.min():.2%} ({shares.argmin()})")
-    if args.unlabelled:
-        print("of each digit:", by_digit(shares, ".1%"))
-        return
-    asked = torch.arange(len(images)) % 10
-    right = (digit == asked).float()
-    print(f"read as asked: {right.mean():.2%}; by digit:",
-          by_digit([right[asked == c].mean() for c in range(10)], ".1%"))
-    real, labels = data.load("mnist", 28, args.data_dir)
-    ratios = [spread(images[asked == c]) / spread(real[labels == c]) for c in range(10)]
-    print(f"distance within a digit, relative to real ones: {sum(ratios) / 10:.2f}; by digit:",
-          by_digit(ratios, ".2f"))
+    test_features, probability = classify(net, test.data[:, None], device)
+    right = (probability.argmax(1) == test.targets).float().mean()
+    print(f"classifier: {right:.2%} of {len(test):,} test digits right\n")
+    reference = fid.statistics(test_features.split(1000), lambda features: features)
+    real_spread = [spread(real[labels == digit]) for digit in range(10)]
+    print("| images | | p > 0.9 | rarest digit | Frechet distance | read as asked | variety |\n"
+          "|---|--:|--:|--:|--:|--:|--:|")
+    for source in args.images:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            images = data.load(source, 28, cache)[0].clone()
+        features, probability = classify(net, images, device)
+        probability, digit = probability.max(1)
+        statistics = fid.statistics(features.split(1000), lambda features: features)
+        shares = digit.bincount(minlength=10) / len(digit)
+        row = [source, f"{len(images):,}", f"{(probability > 0.9).float().mean():.2%}",
+               f"{shares.min():.2%} ({shares.argmin()})",
+               f"{fid.frechet_distance(*statistics, *reference):.1f}"]
+        details = ["shares: " + by_digit(shares, ".1%")]
+        if not args.unlabelled:
+            asked = torch.arange(len(images)) % 10
+            right = (digit == asked).float()
+            ratios = [spread(images[asked == c]) / real_spread[c] for c in range(10)]
+            row += [f"{right.mean():.2%}", f"{sum(ratios) / 10:.2f}"]
+            details += ["read as asked: " + by_digit([right[asked == c].mean() for c in range(10)], ".1%"),
+                        "variety: " + by_digit(ratios, ".2f")]
+        print("|", " | ".join(row), "|", flush=True)
+        if args.by_digit:
+            print("\n".join(details))
 
 
 if __name__ == "__main__":
