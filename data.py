@@ -51,16 +51,15 @@ def load(name, size, data_dir="data", limit=0):
     data_dir, path = Path(data_dir).expanduser(), Path(name).expanduser()
     if name not in NAMED and not path.exists():
         raise Error(f"no data {name}: give a folder, .zip, .npy or .npz, or {', '.join(NAMED)}")
-    if name == "celeba":
-        return load_files(find_celeba(data_dir / "celeba"), name, size, data_dir, limit)
-    if name not in NAMED and path.suffix.lower() not in (".npy", ".npz"):
-        return load_files(path, path.stem, size, data_dir, limit)
-    if name in ("toy-faces", "toy-digits"):
-        array, labels = draw_toys(name, size, limit)
-    elif name == "mnist":
+    if name == "mnist":
         array, labels = load_mnist(data_dir)
-    else:
+    elif name in NAMED and name != "celeba":
+        array, labels = draw_toys(name, size, limit)
+    elif name != "celeba" and path.suffix.lower() in (".npy", ".npz"):
         array, labels = read_array(path), None
+    else:
+        path = find_celeba(data_dir / "celeba") if name == "celeba" else path
+        array, labels = load_files(path, Path(name).stem, size, data_dir, limit)
     if 0 < limit < len(array):
         chosen = evenly_spaced(len(array), limit)
         array, labels = array[chosen], None if labels is None else labels[chosen]
@@ -80,28 +79,29 @@ def evenly_spaced(total, num):
 
 
 def load_files(path, name, size, data_dir, limit=0):
-    """Images and labels of a folder or .zip, as load() returns them. They are decoded once."""
-    names, open_file = list_files(path)
+    """Images (N, size, size, C) and labels (N,) of a folder or .zip. They are decoded once."""
+    names, root = list_files(path)
     if 0 < limit < len(names):
         names = [names[i] for i in evenly_spaced(len(names), limit)]
-    cache = data_dir / f"{name[:50]}{size}-{fingerprint(path, names)}.npy"
+    cache = data_dir / f"{name[:50]}{size}-{fingerprint(path, names)}.uint8"
     index = cache.with_suffix(".json")  # written last, so that it stands for a whole cache
     if not index.exists():
-        kept, grey = decode_all(names, open_file, size, cache)
+        kept, channels = decode_all(names, root, size, cache)
         with replacing(index) as tmp:
-            tmp.write_text(json.dumps(dict(names=kept, channels=1 if grey else 3)))
+            tmp.write_text(json.dumps(dict(names=kept, channels=channels)))
     index = json.loads(index.read_text())
-    array = np.load(cache, mmap_mode="c")[..., :index["channels"]]  # c: torch wants a writable one
-    return torch.from_numpy(array).permute(0, 3, 1, 2), folder_labels(index["names"])
+    array = np.memmap(cache, np.uint8, "c")  # c: may be changed in memory, as torch demands
+    array = array.reshape(-1, size, size, 3)[..., :index["channels"]]
+    return array, folder_labels(index["names"])
 
 
 def list_files(path):
-    """The names of all files in a folder or .zip, sorted, and a function that opens one of them.
+    """The names of all files in a folder or .zip, sorted, and the root: root / name is a file.
 
     Hidden files are left out. A .zip is read in memory, so it does not matter where its names lead.
     """
     if path.is_dir():
-        names, seen = [], set()
+        names, root, seen = [], path, set()
         for folder, subfolders, files in os.walk(path, followlinks=True):
             if os.path.realpath(folder) in seen:  # a link to a folder that was listed before
                 subfolders.clear()
@@ -109,23 +109,13 @@ def list_files(path):
             seen.add(os.path.realpath(folder))
             files = [Path(folder, file) for file in files]
             names += [file.relative_to(path).as_posix() for file in files if file.exists()]
-        open_file = partial(open_in_folder, path)
     else:
         try:
-            archive = zipfile.ZipFile(path)
+            root = zipfile.Path(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise Error(f"{path} is not a folder, .zip, .npy or .npz: {error}") from error
-        names = {name for name in archive.namelist() if not name.endswith("/")}
-        open_file = partial(open_in_zip, archive)
-    return sorted(name for name in names if "/." not in f"/{name}"), open_file
-
-
-def open_in_folder(folder, name):
-    return open(folder / name, "rb")
-
-
-def open_in_zip(archive, name):
-    return io.BytesIO(archive.read(name))
+        names = {name for name in root.root.namelist() if not name.endswith("/")}
+    return sorted(name for name in names if "/." not in f"/{name}"), root
 
 
 def fingerprint(path, names):
@@ -136,36 +126,31 @@ def fingerprint(path, names):
     return hashlib.sha256(repr(state).encode()).hexdigest()[:8]
 
 
-def decode_all(names, open_file, size, cache):
-    """Write all images to the file `cache`, as uint8 (N, size, size, 3). Returns the names of those
-    that could be read, and whether all of them are grey."""
-    decode = partial(decode_image, open_file, size=size)
-    header = dict(descr="|u1", fortran_order=False, shape=(0, size, size, 3))
-    kept, skipped, grey = [], [], True
+def decode_all(names, root, size, cache):
+    """Write the images, uint8 (size, size, 3) each, to the file `cache`. Returns the names of those
+    that could be read, and the number of channels: 1 if all are grey, else 3."""
+    kept, skipped, channels = [], [], 1
     with replacing(cache) as tmp, open(tmp, "wb") as file, ThreadPoolExecutor() as pool:
-        np.lib.format.write_array_header_1_0(file, header)
-        decoded = tqdm(pool.map(decode, names), f"decoding into {cache}", len(names))
-        for name, (pixels, mode) in zip(names, decoded):
+        decoded = pool.map(partial(decode_image, root, size=size), names)
+        for name, (pixels, mode) in zip(names, tqdm(decoded, f"decoding into {cache}", len(names))):
             if pixels is None:
                 skipped.append(f"{name}: {mode}")
                 continue
             file.write(pixels.tobytes())
             kept.append(name)
-            grey = grey and mode in ("1", "L", "LA", "La")
+            if mode not in ("1", "L", "LA", "La"):
+                channels = 3
         report_skipped(skipped, len(names))
-        file.seek(0)  # NumPy leaves room in the header for N
-        header["shape"] = (len(kept), size, size, 3)
-        np.lib.format.write_array_header_1_0(file, header)
-    return kept, grey
+    return kept, channels
 
 
-def decode_image(open_file, name, size=None):
+def decode_image(root, name, size=None):
     """An image as uint8 (H, W, 3), and its mode in Pillow's terms; or None and why it is not read.
 
     size: crop the largest centred square, and resize it; None = leave the image as it is
     """
     try:
-        with open_file(name) as file, Image.open(file) as image:
+        with Image.open(io.BytesIO((root / name).read_bytes())) as image:
             mode = image.mode
             if mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel, which Pillow would clip")
@@ -204,7 +189,7 @@ def folder_labels(names):
         classes.sort(key=int)
     print("classes:", ", ".join(f"{i} = {name}" for i, name in enumerate(classes)), file=sys.stderr)
     number = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([number[folder.name] for folder in folders])
+    return np.array([number[folder.name] for folder in folders])
 
 
 @contextmanager

@@ -237,10 +237,10 @@ def open_input(name, args):
     elif path.suffix.lower() in (".npy", ".npz"):
         images = torch.from_numpy(data.read_array(path)).permute(0, 3, 1, 2)
     else:
-        names, open_file = data.list_files(path)
+        names, root = data.list_files(path)
         if args.num:
             names = [names[i] for i in random_order(len(names), args.seed)]
-        batches = read_files(names, open_file, args.num, args.batch_size)
+        batches = read_files(names, root, args.num, args.batch_size)
         return None, batches, args.num or len(names)
     if args.num > len(images):
         raise Error(f"--num {args.num}: {name} has {len(images)} images")
@@ -249,7 +249,7 @@ def open_input(name, args):
     return None, (images[part] for part in chosen.split(args.batch_size)), len(chosen)
 
 
-def read_files(names, open_file, num, batch_size):
+def read_files(names, root, num, batch_size):
     """Yield images in batches, a tensor (B, 3, H, W), or a list of (1, 3, H, W) if sizes differ.
 
     Stops after `num` images; 0 = all. What cannot be read is skipped, and does not count.
@@ -261,7 +261,7 @@ def read_files(names, open_file, num, batch_size):
         for i in range(0, len(names), batch_size):
             part = names[i:i + batch_size]
             images = []
-            decoded = pool.map(partial(data.decode_image, open_file), part)
+            decoded = pool.map(partial(data.decode_image, root), part)
             for name, (pixels, reason) in zip(part, decoded):
                 if pixels is None:
                     skipped.append(f"{name}: {reason}")
