@@ -235,9 +235,9 @@ def add_noise(x_0, t, eps, scales):
 
 
 def train_step(net, opt, x_0, y, scales, autocast):
-    """One update of the network (Algorithm 1), for images x_0 (B, C, H, W) and labels y, or None.
+    """One update of the network (Algorithm 1), for images x_0 (B, C, H, W) and labels y (B,) or None.
 
-    Returns sums of the losses, and numbers of images, for each quarter of 1 ... T: (2, 4).
+    Returns the loss of each image and its t, both (B,).
     """
     T = scales.shape[1] - 1
     if y is not None:  # "no label" for a tenth of the images, for classifier-free guidance
@@ -251,8 +251,7 @@ def train_step(net, opt, x_0, y, scales, autocast):
     opt.zero_grad()
     losses.mean().backward()
     opt.step()
-    quarter = F.one_hot((t - 1) * 4 // T, 4).float()                    # (B, 4)
-    return torch.stack([losses.detach() @ quarter, quarter.sum(0)])
+    return losses.detach(), t
 
 
 @torch.no_grad()
@@ -472,7 +471,7 @@ def train(out, ckpt=None, pretrained=None):
     all_epochs = EPOCHS * len(batches)
     total = min(all_epochs, MAX_STEPS or math.inf)
     began = time.time() - (rows[-1]["time"] if rows else 0)
-    saved, recent = 0, []  # time of the last checkpoint; statistics since the last row
+    saved, recent = 0, []  # time of the last checkpoint; losses since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
     for step in bar:
         x_0, y = batches(step - 1)
@@ -487,14 +486,15 @@ def train(out, ckpt=None, pretrained=None):
 
         epoch = math.ceil(step / len(batches))
         if step % LOG_EVERY == 0 or step == total:  # here the loop waits for the GPU
-            sums, counts = torch.stack(recent).sum(0).tolist()
+            losses, t = [torch.cat(values).cpu() for values in zip(*recent)]
             recent = []
+            row = dict(loss=losses.mean().item())
             norm = nn.utils.get_total_norm(net.parameters()).item()
-            if not math.isfinite(sum(sums) + norm):
+            if not math.isfinite(row["loss"] + norm):
                 sys.exit(f"error: diverged by step {step}: try a lower --lr")
-            row = dict(loss=sum(sums) / sum(counts))
-            for i in range(4):  # the quarters of 1 ... T; one may be empty after a few steps
-                row[f"loss_q{i + 1}"] = sums[i] / counts[i] if counts[i] else None
+            for i in range(4):  # the quarters of 1 ... T, of which one may be empty at first
+                part = losses[(t - 1) * 4 // (len(alpha_bar) - 1) == i]
+                row[f"loss_q{i + 1}"] = part.mean().item() if len(part) else None
             bar.set_postfix(row)
             rows.append(dict(step=step, epoch=epoch, time=time.time() - began, **row))
             data.save_table(rows, out / "log.csv")

@@ -40,35 +40,17 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 # ---- network: torchvision's Inception v3, changed where the TensorFlow graph of 2015-12-05 differs
 
 
-def average(x):
-    """Deviation 1: average pooling does not count the padding."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+class WithoutPadding(nn.Module):
+    """Deviation 1: average pooling does not count the zeros of the padding. Torchvision's counts them,
+    so what it returns is divided by the share of pixels that are not padding."""
+
+    def forward(self, pooled):
+        return pooled / F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, stride=1, padding=1)
 
 
-class BlockA(torchvision_inception.InceptionA):
-    def _forward(self, x):
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(double),
-            self.branch_pool(average(x)),
-        ]
+class LastBlock(torchvision_inception.InceptionE):
+    """Deviation 2: the last block takes the maximum instead of the average."""
 
-
-class BlockC(torchvision_inception.InceptionC):
-    def _forward(self, x):
-        double = self.branch7x7dbl_2(self.branch7x7dbl_1(x))
-        double = self.branch7x7dbl_4(self.branch7x7dbl_3(double))
-        return [
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(double),
-            self.branch_pool(average(x)),
-        ]
-
-
-class BlockE(torchvision_inception.InceptionE):
     def _forward(self, x):
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
@@ -78,18 +60,8 @@ class BlockE(torchvision_inception.InceptionE):
             self.branch3x3_2b(single),
             self.branch3x3dbl_3a(double),
             self.branch3x3dbl_3b(double),
-            self.branch_pool(self.pool(x)),
+            self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1)),
         ]
-
-    def pool(self, x):
-        return average(x)
-
-
-class LastBlockE(BlockE):
-    """Deviation 2: the last block takes the maximum instead of the average."""
-
-    def pool(self, x):
-        return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class Inception(torchvision_inception.Inception3):
@@ -101,15 +73,7 @@ class Inception(torchvision_inception.Inception3):
 
     def __init__(self, weights=""):
         super().__init__(1008, aux_logits=False, init_weights=False)  # deviation 3: 1008 classes
-        self.Mixed_5b = BlockA(192, 32)
-        self.Mixed_5c = BlockA(256, 64)
-        self.Mixed_5d = BlockA(288, 64)
-        self.Mixed_6b = BlockC(768, 128)
-        self.Mixed_6c = BlockC(768, 160)
-        self.Mixed_6d = BlockC(768, 160)
-        self.Mixed_6e = BlockC(768, 192)
-        self.Mixed_7b = BlockE(1280)
-        self.Mixed_7c = LastBlockE(2048)
+        self.Mixed_7c = LastBlock(2048)
         path = Path(weights).expanduser() if weights else download_weights()
         try:
             self.load_state_dict(torch.load(path, "cpu", weights_only=True))
@@ -121,6 +85,8 @@ class Inception(torchvision_inception.Inception3):
             if isinstance(block, torchvision_inception.BasicConv2d):  # BatchNorm joins the weights
                 fused = nn.utils.fuse_conv_bn_eval(block.conv.double(), block.bn.double())
                 block.conv, block.bn = fused.float(), nn.Identity()
+            elif hasattr(block, "branch_pool") and block is not self.Mixed_7c:
+                block.branch_pool = nn.Sequential(WithoutPadding(), block.branch_pool)
         self.fc = nn.Identity()
         self.to(memory_format=torch.channels_last)
 
