@@ -101,14 +101,17 @@ def list_files(path):
     Hidden files are left out. A .zip is read in memory, so it does not matter where its names lead.
     """
     if path.is_dir():
-        names, root, seen = [], path, set()
-        for folder, subfolders, files in os.walk(path, followlinks=True):
-            if os.path.realpath(folder) in seen:  # a link to a folder that was listed before
+        names, root, seen = [], path.resolve(), set()
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            real = Path(folder).resolve()
+            within = root in (real, *real.parents) or real in root.parents
+            if real in seen or within and Path(folder).is_symlink():  # it is listed anyway
                 subfolders.clear()
                 continue
-            seen.add(os.path.realpath(folder))
+            seen.add(real)
+            subfolders.sort()
             files = [Path(folder, file) for file in files]
-            names += [file.relative_to(path).as_posix() for file in files if file.exists()]
+            names += [file.relative_to(root).as_posix() for file in files if file.exists()]
     else:
         try:
             root = zipfile.Path(path)

@@ -203,16 +203,14 @@ def open_input(name, args):
     elif path.suffix.lower() in (".npy", ".npz"):
         images = torch.from_numpy(data.read_array(path)).permute(0, 3, 1, 2)
     else:
-        names, root = data.list_files(path)
-        if args.num:
-            names = [names[i] for i in random_order(len(names), args.seed)]
-        batches = read_files(names, root, args.num, args.batch_size)
-        return None, batches, args.num or len(names)
+        images, root = data.list_files(path)
     if args.num > len(images):
         raise Error(f"--num {args.num}: {name} has {len(images)} images")
     order = random_order(len(images), args.seed) if args.num else torch.arange(len(images))
-    chosen = order[:args.num or None]
-    return None, (images[part] for part in chosen.split(args.batch_size)), len(chosen)
+    total = args.num or len(images)
+    if isinstance(images, list):  # of names; read_files() stops after args.num that it can read
+        return None, read_files([images[i] for i in order], root, args.num, args.batch_size), total
+    return None, (images[part] for part in order[:total].split(args.batch_size)), total
 
 
 def read_files(names, root, num, batch_size):
@@ -287,7 +285,9 @@ def main():
         gaussians.append(gaussian)
     if args.save:
         mu, sigma = gaussians[0]
-        np.savez(Path(args.save).expanduser(), mu=mu, sigma=sigma)
+        path = Path(args.save).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, mu=mu, sigma=sigma)
     else:
         print(f"FID {frechet_distance(*gaussians[0], *gaussians[1]):.4f}")
 
