@@ -4,8 +4,8 @@
     batches = Batches(images, labels, 128)
     x, y = batches(0)                          # float (128, 3, 64, 64) in [-1, 1]; None
 
-A set is decoded once into a uint8 array (N, H, W, C) in a file under data_dir, which is then
-memory-mapped: no worker processes, and memory does not grow with the set.
+A folder or .zip is decoded once into a uint8 array (N, H, W, C) in a file under data_dir, which is
+then memory-mapped: no worker processes, and memory does not grow with the set.
 """
 import csv
 import hashlib
@@ -34,7 +34,7 @@ TOY_COUNT = 10_000  # images in a toy set
 
 
 class Error(Exception):
-    """A mistake of the user. The scripts print it in one line."""
+    """A mistake of the user, which the scripts print in one line."""
 
 
 # ---- load: any source -> one uint8 array
@@ -84,21 +84,21 @@ def load_files(path, name, size, data_dir, limit=0):
     if 0 < limit < len(names):
         names = [names[i] for i in evenly_spaced(len(names), limit)]
     cache = data_dir / f"{name[:50]}{size}-{fingerprint(path, names)}.uint8"
-    index = cache.with_suffix(".json")  # written last, so that it stands for a whole cache
-    if not index.exists():
+    contents = cache.with_suffix(".json")  # written last: where it exists, the cache is whole
+    if not contents.exists():
         kept, channels = decode_all(names, root, size, cache)
-        with replacing(index) as tmp:
+        with replacing(contents) as tmp:
             tmp.write_text(json.dumps(dict(names=kept, channels=channels)))
-    index = json.loads(index.read_text())
-    array = np.memmap(cache, np.uint8, "c")  # c: may be changed in memory, as torch demands
-    array = array.reshape(-1, size, size, 3)[..., :index["channels"]]
-    return array, folder_labels(index["names"])
+    info = json.loads(contents.read_text())
+    array = np.memmap(cache, np.uint8, "c")  # c: writable in memory, as torch wants it
+    array = array.reshape(-1, size, size, 3)[..., :info["channels"]]
+    return array, folder_labels(info["names"])
 
 
 def list_files(path):
     """The names of all files in a folder or .zip, sorted, and the root: root / name is a file.
 
-    Hidden files are left out. A .zip is read in memory, so it does not matter where its names lead.
+    Hidden files are left out. A .zip is read in memory; nothing is unpacked to the disk.
     """
     if path.is_dir():
         names, root, seen = [], path.resolve(), set()
@@ -184,9 +184,9 @@ def folder_labels(names):
     """Class numbers (N,), by the names of the innermost folders. None if there are fewer than two
     such names, or if a file lies outside of them, in a folder around other folders."""
     folders = [PurePosixPath(name).parent for name in names]
-    around = {parent for folder in set(folders) for parent in folder.parents}
+    ancestors = {parent for folder in set(folders) for parent in folder.parents}
     classes = sorted({folder.name for folder in folders})
-    if len(classes) < 2 or not around.isdisjoint(folders):
+    if len(classes) < 2 or not ancestors.isdisjoint(folders):
         return None
     if all(name.isdecimal() for name in classes):
         classes.sort(key=int)
@@ -197,7 +197,7 @@ def folder_labels(names):
 
 @contextmanager
 def replacing(path):
-    """The name of a file to write beside `path`; it takes its place if nothing is raised."""
+    """A temporary name beside `path`. At the end it is renamed to `path`; on an error, removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{os.getpid()}-{path.name}")  # another process may write the same file
     try:
@@ -283,11 +283,11 @@ def draw_face(number, size):
     """A cartoon face of random shape and colours: uint8 (size, size, 3)."""
     rng = np.random.default_rng(number)
     hue, dull, light, tone = rng.integers((0, 20, 25, 35), (360, 70, 75, 80))
-    w, h, gap, long = rng.uniform((0.2, 0.29, 0.09, 0), (0.28, 0.35, 0.12, 0.4))
+    w, h, gap, hair_length = rng.uniform((0.2, 0.29, 0.09, 0), (0.28, 0.35, 0.12, 0.4))
     hair = f"hsl(35, {dull}%, {100 - light}%)"
     ellipses = [  # x, y, radius in x and y, colour; (0, 0) is the middle, 1 the picture's side
         (0, 0.58, 0.42, 0.28, f"hsl({360 - hue}, {dull}%, {90 - light}%)"),
-        (0, long, w + 0.07, h * 0.8, hair),
+        (0, hair_length, w + 0.07, h * 0.8, hair),
         (0, -0.05, w + 0.06, h + 0.06, hair),
         (0, 0, w, h, f"hsl(25, {dull}%, {tone}%)"),
         (0, 0.16, 0.09, 0.03, "brown"),
@@ -311,10 +311,10 @@ class Batches:
     """x, y = batches(i): batch i = 0, 1, ... of endless epochs; (seed, i) alone decides it.
 
     x: float (B, C, H, W) in [-1, 1]; y: int64 (B,), or None without labels; both on the device
-    Each epoch, of len(batches) batches, has its own order and drops its last partial batch. A set
-    that is smaller than a batch is one short batch.
+    Each epoch, of len(batches) batches, has its own order and drops its last partial batch. If the
+    set is smaller than a batch, a batch is the whole set.
     flip: mirror half of each batch
-    rank, world: return part `rank` of the `world` equal parts of each batch
+    rank, world: each batch is divided into `world` equal parts; return part number `rank`
     """
 
     def __init__(self, images, labels, batch_size, seed=0, flip=False, device="cpu",
@@ -326,7 +326,7 @@ class Batches:
         if on_cuda and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)  # the whole set: then a step copies nothing to the GPU
         self.pin = on_cuda and images.is_cpu  # a batch is copied while the GPU works
-        self.rows = images.permute(0, 2, 3, 1)  # as load() stores them: an image is contiguous
+        self.rows = images.permute(0, 2, 3, 1)  # (N, H, W, C), as load() keeps them
         self.labels = None if labels is None else labels.to(images.device)
         self.seed, self.flip, self.rank, self.world = seed, flip, rank, world
         self.device, self.memory_format = device, memory_format
@@ -336,19 +336,19 @@ class Batches:
         return len(self.rows) // self.size
 
     def __call__(self, i):
-        epoch, place = divmod(i, len(self))
+        epoch, position = divmod(i, len(self))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 10**7 + epoch)
             order = torch.randperm(len(self.rows), generator=generator)  # the same on all devices
             self.order, self.epoch = order.to(self.rows.device), epoch
         share = self.size // self.world
-        first = place * self.size + self.rank * share
+        first = position * self.size + self.rank * share
         chosen = self.order[first:first + share]
         x = self.to_device(self.rows.index_select(0, chosen))
         y = None if self.labels is None else self.to_device(self.labels[chosen])
         x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.flip:
-            half = (len(x) + i % 2) // 2  # in turn more and less than half, if len(x) is odd
+            half = (len(x) + i % 2) // 2  # if len(x) is odd, it alternates
             x[:half] = x[:half].flip(3)
         return x.contiguous(memory_format=self.memory_format), y
 
@@ -380,10 +380,10 @@ def save_samples(batches, num, out, columns=8):
 
 
 def save_grid(images, path, columns=8):
-    """Write uint8 images (N, C, H, W) as one picture, in full rows. columns=1 gives 8, too."""
+    """Write uint8 images (N, C, H, W) as one picture, in full rows. columns=1 means 8."""
     from torchvision.utils import make_grid
 
-    columns = columns if columns > 1 else 8
+    columns = columns if columns > 1 else 8  # callers give the number of their labels
     rows = max(1, len(images) // columns)
     save_image(make_grid(images[:rows * columns], columns), path)
 
@@ -407,9 +407,11 @@ def save_curves(rows, path):
     """Plot the columns of the log, apart from epoch and time, over steps."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
+    if not rows:
+        return
     figure = Figure(layout="tight")
     ax = figure.subplots()
-    for name in list(rows[0])[3:] if rows else []:
+    for name in list(rows[0])[3:]:
         ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
     ax.set(xlabel="step", yscale="log")
     figure.legend()
@@ -424,7 +426,8 @@ def save_histograms(path, **panels):
     for ax, (title, tensors) in zip(figure.subplots(1, len(panels)), panels.items()):
         values = [x.detach().float().flatten().cpu() for x in tensors]
         low = -1 if min(x.min() for x in values) < 0 else 0
-        ax.hist(values, 30, (low, 1), density=True, histtype="step", label=["real", "generated"])
+        ax.hist(values, bins=np.linspace(low, 1, 31), density=True, histtype="step",
+                label=["real", "generated"])
         ax.set(title=title, xlabel="value", ylabel="density")
         ax.legend()
     path.parent.mkdir(exist_ok=True)

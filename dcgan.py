@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-# ---- settings of a run, kept in its checkpoint. Each constant is a flag: --lr 1e-4 --no-flip
+# ---- settings of a run, kept in its checkpoint. Each constant is also a flag: --lr 1e-4 --no-flip
 
 DATA = "celeba"         # celeba, mnist, toy-faces, toy-digits; or a folder, .zip, .npy or .npz
 IMAGE_SIZE = 64         # height and width in pixels: 16, 32, 64, 128 or 256
 LIMIT = 0               # use only N images, evenly spaced over the set; 0 = all
 FLIP = True             # mirror half of the images; for digits, give --no-flip
-EPOCHS = 25             # length of training, with the epochs before a resume
+EPOCHS = 25             # length of training, including the epochs before a resume
 BATCH_SIZE = 128        # images in a training step
 LR = 2e-4               # learning rate of both Adam optimizers
 BETA1 = 0.5             # Adam's beta1, the decay of its mean gradient; beta2 is 0.999
@@ -38,13 +38,14 @@ LATENT = 100            # length of z, the random vector that G turns into an im
 WIDTH = 64              # channels next to the image; doubled with each layer, up to 8 * WIDTH
 EMA = 0.999             # decay of the averaged G that draws the samples; 0 = no averaging
 SEED = 0                # decides initial weights, noise and the order of images
-run_keys = [k for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, str))]
+run_keys = [key for key, value in globals().items()  # the constants above this line
+            if key.isupper() and isinstance(value, (int, float, str, list))]
 
 # ---- settings of this call
 
 DATA_DIR = "data"       # where the named sets are found, downloaded and cached
 OUT_DIR = "out/dcgan"   # the folder of the run
-MAX_STEPS = 0           # end training at step N, if that is before the last epoch; 0 = no limit
+MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = no limit
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
@@ -52,7 +53,7 @@ LOG_EVERY = 50          # steps between two rows of the log
 SAVE_EVERY = 60         # seconds between two checkpoints
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images; 0 = none
-RESUME = False          # continue the run in OUT_DIR with its settings; flags given now win
+RESUME = False          # continue the run in OUT_DIR with its own settings
 SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
 
 # ---- networks (section 3 and figure 1)
@@ -138,7 +139,7 @@ def train_step(G, D, opt_G, opt_D, x, z, autocast):
 
     # G maximizes log D(G(z)). Minimizing log(1 - D(G(z))) would give it little gradient while D
     # recognizes its images (section 3)
-    D.requires_grad_(False)  # computes no gradients for the weights of D: 9 % faster
+    D.requires_grad_(False)  # the weights of D need no gradients here: faster
     with autocast:
         logit = D(fake)
     loss_G = softplus(-logit).mean()
@@ -162,7 +163,7 @@ def update_ema(ema, net, decay):
 def generate(G, num, seed, device):
     """Yield `num` samples as uint8 batches (64, C, H, W). (seed, i) alone decides batch i."""
     for i in range(math.ceil(num / 64)):
-        torch.manual_seed((seed + 1) * 10**7 - 1 - i)  # counts down; training steps count up
+        torch.manual_seed((seed + 1) * 10**7 - 1 - i)  # never the seed of a training step
         images = G(torch.randn(64, G.latent).to(device))
         yield ((images + 1) * 127.5).round().byte()[:num - 64 * i]
 
@@ -194,11 +195,11 @@ def load_checkpoint(path):
 
 
 def check_fixed(ckpt, **fixed):
-    """Exit if something that a run cannot change differs from the checkpoint."""
+    """Exit if one of these values, which must stay as they are, differs from the checkpoint's."""
     for key, value in fixed.items():
         if value != ckpt["fixed"][key]:
-            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: "
-                     "give the same flags, or start a new run in another --out_dir")
+            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: give the "
+                     "same flags and data, or start a new run in another --out_dir")
 
 
 def train(out, ckpt=None):
@@ -207,8 +208,6 @@ def train(out, ckpt=None):
 
     import data
 
-    if "RANK" in os.environ:
-        sys.exit("error: dcgan.py trains in one process: start it without torchrun")
     if not ckpt and (out / "ckpt.pt").exists():
         sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
     if IMAGE_SIZE not in (16, 32, 64, 128, 256):
@@ -218,6 +217,9 @@ def train(out, ckpt=None):
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     images, _ = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
     batches = data.Batches(images, None, BATCH_SIZE, SEED, FLIP, device, layout)
+    if FID:
+        import fid
+        inception = fid.Inception().to(device)  # before training, in case its weights are missing
 
     torch.manual_seed(SEED)
     channels = images.shape[1]
@@ -246,14 +248,14 @@ def train(out, ckpt=None):
 
     total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
     began = time.time() - (rows[-1]["time"] if rows else 0)
-    saved, recent = 0, []  # time of the last checkpoint; statistics since the last row
+    saved, recent = 0, []  # when the last checkpoint was saved; statistics since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total)
     for step in bar:
         x, _ = batches(step - 1)
         torch.manual_seed(SEED * 10**7 + step)  # so that a resumed run draws the same noise
         z = torch.randn(len(x), LATENT, device=device)
         fake, loss_D, loss_G, p_real, p_fake = train_step(G, D, opt_G, opt_D, x, z, autocast)
-        update_ema(ema, G, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
+        update_ema(ema, G, min(EMA, step / (step + 9)))  # averages a tenth of the steps so far
         recent.append(torch.stack([loss_D, loss_G, p_real.mean(), p_fake.mean()]).detach())
 
         epoch = math.ceil(step / len(batches))
@@ -280,11 +282,10 @@ def train(out, ckpt=None):
             data.save_curves(rows, out / "loss.png")
             data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
-    print(f"{out / 'ckpt.pt'} is at step {step} of {total}: --resume --epochs N continues the run")
+    print(f"step {step} of {total} is done; --resume with a larger --epochs continues the run")
     if FID:
-        import fid
         samples = generate(ema, FID, SEED, device)
-        print(f"FID {fid.compare(samples, images, FID, SEED, device):.4f} of {FID} samples")
+        print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
 
 
 def write_samples(out, ckpt):
@@ -299,30 +300,39 @@ def write_samples(out, ckpt):
 
 
 def parse_flags():
-    """The flags that were given, like {"LR": 1e-4}. Each constant is one, its comment the help."""
-    source = Path(__file__).read_text("utf-8").replace("%", "%%")
+    """The flags that were given, like {"LR": 1e-4}. The comments of the constants are their help."""
+    source = Path(__file__).read_text("utf-8")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
         default = globals()[key]
-        is_bool = isinstance(default, bool)
-        kind = dict(action=argparse.BooleanOptionalAction) if is_bool else dict(type=type(default))
-        parser.add_argument(f"--{key.lower()}", dest=key, **kind,
-                            help=f"{comment} (default: {default})")
-    return vars(parser.parse_args())
+        kind = dict(type=type(default))
+        if isinstance(default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(default, list):
+            kind = dict(type=type(default[0]), nargs="+")
+        text = f"{comment} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{key.lower()}", dest=key, help=text, **kind)
+    flags = vars(parser.parse_args())
+    for key, value in flags.items():
+        if isinstance(value, (int, float)) and value < 0:
+            parser.error(f"--{key.lower()} {value}: it cannot be negative")
+    return flags
 
 
 if __name__ == "__main__":
     import data
 
+    if "RANK" in os.environ:
+        sys.exit("error: dcgan.py runs in one process: start it without torchrun")
     flags = parse_flags()
     globals().update(flags)
     out = Path(OUT_DIR).expanduser()
     ckpt = load_checkpoint(out / "ckpt.pt") if RESUME or SAMPLE else None
-    if ckpt:  # a run keeps its settings; only a flag that is given now changes one
+    if ckpt:  # a run keeps its settings, except where a flag is given now
         for key, value in ckpt["settings"].items():
-            if key not in flags and value != globals()[key]:
+            if key not in flags and value != globals().get(key, value):
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
     try:
@@ -330,4 +340,5 @@ if __name__ == "__main__":
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: --resume --out_dir {out} goes on from the last checkpoint")
+        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint"
+                 if (out / "ckpt.pt").exists() else "stopped before the first checkpoint")

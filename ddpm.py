@@ -1,4 +1,4 @@
-"""DDPM: images from noise, step by step (Ho et al. 2020, https://arxiv.org/abs/2006.11239).
+r"""DDPM: images from noise, step by step (Ho et al. 2020, https://arxiv.org/abs/2006.11239).
 
 An image is turned into noise in T small steps. A U-Net learns to predict the noise in such a noisy
 image. With its predictions, pure noise is turned back into an image.
@@ -7,7 +7,7 @@ image. With its predictions, pure noise is turned back into an image.
     python ddpm.py --sample 100 --sample_steps 50              # write images, in 50 steps each
     python ddpm.py --conditional --out_dir out/conditional     # with labels
     python ddpm.py --sample 10 --label 7 --guidance 2 --out_dir out/conditional
-    python ddpm.py --data celeba --image_size 64 --flip --channels 64 --mults 1 2 3 4 --blocks 2 \\
+    python ddpm.py --data celeba --image_size 64 --flip --channels 64 --mults 1 2 3 4 --blocks 2 \
         --attention 16 --lr 2e-4 --epochs 100 --out_dir out/faces           # for a GPU
     torchrun --nproc_per_node=4 ddpm.py --batch_size 512 --out_dir out/four # on four of them
     python ddpm.py --init_from google/ddpm-cifar10-32 --sample 64 --out_dir out/cifar10
@@ -30,33 +30,33 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-# ---- settings of a run, kept in its checkpoint. Each constant is a flag: --lr 1e-4 --mults 1 2 2 4
+# ---- settings of a run, kept in its checkpoint. Each is also a flag: --lr 1e-4 --mults 1 2 2 4
 
 DATA = "mnist"          # celeba, mnist, toy-faces, toy-digits; or a folder, .zip, .npy or .npz
 IMAGE_SIZE = 28         # height and width in pixels
 LIMIT = 0               # use only N images, evenly spaced over the set; 0 = all
 FLIP = False            # mirror half of the images; not for digits
-EPOCHS = 10             # length of training, with the epochs before a resume
+EPOCHS = 10             # length of training, including the epochs before a resume
 BATCH_SIZE = 128        # images in a training step, over all processes together
 LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 at the last epoch
 TIMESTEPS = 1000        # T, the number of noise steps
 SCHEDULE = "linear"     # how noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
 CHANNELS = 32           # channels of the U-Net at full size
-MULTS = [1, 2, 4]       # channels of each level in multiples of CHANNELS; each has half the size
+MULTS = [1, 2, 4]       # multiples of CHANNELS for the levels, of which each has half the size of the one before
 BLOCKS = 1              # residual blocks in each level on the way down; one more on the way up
-ATTENTION = 7           # levels of at most this size have attention
+ATTENTION = 7           # levels of at most this size have attention; the middle always has it
 CONDITIONAL = False     # give the labels to the network
 EMA = 0.999             # decay of the averaged weights that draw the samples; 0 = no averaging
 SEED = 0                # decides initial weights, noise and the order of images
 INIT_FROM = ""          # start from public weights: a Hugging Face repository, a folder or a file
-run_keys = [key for key, value in globals().items()
+run_keys = [key for key, value in globals().items()  # the constants above this line
             if key.isupper() and isinstance(value, (int, float, str, list))]
 
 # ---- settings of this call
 
 DATA_DIR = "data"       # where the named sets are found, downloaded and cached
 OUT_DIR = "out/ddpm"    # the folder of the run
-MAX_STEPS = 0           # end training at step N, if that is before the last epoch; 0 = no limit
+MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = no limit
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
@@ -64,14 +64,13 @@ LOG_EVERY = 50          # steps between two rows of the log
 SAVE_EVERY = 60         # seconds between two checkpoints
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images; 0 = none
-RESUME = False          # continue the run in OUT_DIR with its settings; flags given now win
+RESUME = False          # continue the run in OUT_DIR with its own settings
 SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
 LABEL = ""              # classes to draw, in turn: 7, or 2,0,2,6; empty = all classes
 GUIDANCE = 1.0          # weight of the label in samples of a conditional network; 1 = no guidance
 SAMPLE_STEPS = 100      # steps from noise to an image, at most TIMESTEPS
-ETA = 1.0               # noise in these steps: 0 = none, 1 = as much as in DDPM
-ORDER = 2               # with ETA 1 and 0, order 1 is DDPM and DDIM, order 2 DPM-Solver++(2M),
-                        # stochastic and deterministic
+ETA = 1.0               # noise added in these steps: 1 = as much as in DDPM, 0 = none
+ORDER = 2               # 1: DDPM if ETA is 1, DDIM if it is 0; 2: DPM-Solver++(2M), which is faster
 
 # ---- network: the U-Net of Ho et al. (appendix B)
 
@@ -141,8 +140,8 @@ class UNet(nn.Module):
     shape: (C, H, W), where H and W are multiples of 2**(len(mults) - 1)
     channels, mults, blocks, attention: as in the settings above
     classes: number of labels; 0 = none. The label -1, or no y, stands for "no label"
-    groups: of GroupNorm. It subtracts the mean of each group. With one channel in a group it would
-        remove the time embedding, which adds one number to each channel.
+    groups: of GroupNorm. channels / groups must be 2 or more: GroupNorm subtracts the mean of each
+        group, so with one channel in a group it would remove what the time embedding adds to it
     """
 
     def __init__(self, shape=(1, 28, 28), channels=32, mults=(1, 2, 4), blocks=1, attention=7,
@@ -214,14 +213,12 @@ def make_alpha_bar(schedule, T):
     schedule: linear (Ho et al., section 4), with betas from 1e-4 to 0.02 for T = 1000, or cosine
         (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)
     """
-    if schedule == "linear" and T > 20:
+    if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-    elif schedule == "cosine":
+    else:
         t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"--schedule {schedule} with T = {T}: give cosine, or linear with T > 20")
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
 
@@ -235,7 +232,7 @@ def add_noise(x_0, t, eps, scales):
 
 
 def train_step(net, opt, x_0, y, scales, autocast):
-    """One update of the network (Algorithm 1), for images x_0 (B, C, H, W) and labels y (B,) or None.
+    """One update of the network (Algorithm 1). x_0: images (B, C, H, W); y: labels (B,) or None
 
     Returns the loss of each image and its t, both (B,).
     """
@@ -284,7 +281,7 @@ def ddim_step(x_t, x_0, a_t, a_s, eta):
 
 @torch.no_grad()
 def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
-    """From noise x_T (B, C, H, W) to images x_0 in [-1, 1]. Yields num_steps + 1 states, x_T to x_0.
+    """From noise x_T (B, C, H, W) to images x_0 in [-1, 1]. Yields all states, x_T, ..., x_0.
 
     net: a function of x_t and t (B,) that predicts eps
     eta, order: 1, 1 is DDPM (Ho et al., Algorithm 2); 0, 1 is DDIM; 0, 2 is DPM-Solver++(2M)
@@ -293,19 +290,20 @@ def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
     a = alpha_bar.tolist()
     log_snr = (alpha_bar / (1 - alpha_bar)).log().tolist()
     times = torch.linspace(len(a) - 1, 0, num_steps + 1).round().int().tolist()
-    last = None  # time and x_0 of the step before
+    previous = None  # t and x_0 of the step before
     yield x
     for t, s in zip(times, times[1:]):
         eps = net(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         x_0 = (x - (1 - a[t])**0.5 * eps) / a[t]**0.5                   # eq. 15
-        x_0 = estimate = x_0.clamp(-1, 1)
-        if order == 2 and last and s > 0:
-            # x_0 in the middle of the step, on the line through the last two estimates over log SNR
-            r, last_x_0 = last
-            slope = (x_0 - last_x_0) / (log_snr[t] - log_snr[r])
-            estimate = x_0 + slope * (log_snr[s] - log_snr[t]) / 2
-        last = t, x_0
-        x, variance = ddim_step(x, estimate, a[t], a[s], eta)
+        x_0 = x_0.clamp(-1, 1)
+        middle = x_0  # the estimate for the whole step
+        if order == 2 and previous and s > 0:
+            # better: x_0 at the middle of the step, by the line through the last two over log SNR
+            r, x_0_before = previous
+            slope = (x_0 - x_0_before) / (log_snr[t] - log_snr[r])
+            middle = x_0 + slope * (log_snr[s] - log_snr[t]) / 2
+        previous = t, x_0
+        x, variance = ddim_step(x, middle, a[t], a[s], eta)
         if variance > 0:
             x = x + variance**0.5 * torch.randn(x.shape, dtype=x.dtype, device=x.device)
         yield x
@@ -327,8 +325,12 @@ def check_settings():
                  "GroupNorm a multiple of 16 as --channels")
     if SAMPLE_STEPS < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
         sys.exit("error: give --sample_steps of 1 or more, --order 1 or 2, --eta from 0 to 1")
-    if not CONDITIONAL and (LABEL or GUIDANCE != 1) or CONDITIONAL and INIT_FROM:
+    if not CONDITIONAL and (LABEL or GUIDANCE != 1):
         sys.exit("error: --label and --guidance need a network that was trained with --conditional")
+    if CONDITIONAL and INIT_FROM:
+        sys.exit("error: --init_from takes networks without labels: leave out --conditional")
+    if SCHEDULE not in ("linear", "cosine") or SCHEDULE == "linear" and TIMESTEPS <= 20:
+        sys.exit("error: give --schedule cosine, or linear and --timesteps of 21 or more")
     if DTYPE not in ("auto", "bfloat16", "float32"):
         sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
 
@@ -362,27 +364,27 @@ def load_checkpoint(path):
 
 
 def check_fixed(ckpt, **fixed):
-    """Exit if something that a run cannot change differs from the checkpoint."""
+    """Exit if one of these values, which must stay as they are, differs from the checkpoint's."""
     for key, value in fixed.items():
         if value != ckpt["fixed"][key]:
-            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: "
-                     "give the same flags, or start a new run in another --out_dir")
+            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: give the "
+                     "same flags and data, or start a new run in another --out_dir")
 
 
 def pick_labels(classes):
     """The class numbers of --label in a tensor; all classes by default."""
-    labels = range(max(classes, 1))
-    if LABEL:
-        labels = [int(label) for label in LABEL.split(",")]
-        if not set(labels) <= set(range(classes)):
-            sys.exit(f"error: --label {LABEL}: there are {classes} classes, counted from 0")
-    return torch.tensor(labels)
+    if not LABEL:
+        return torch.arange(max(classes, 1))  # without classes, the label 0, which is not used
+    labels = LABEL.split(",")
+    if not set(labels) <= {str(number) for number in range(classes)}:
+        sys.exit(f"error: --label {LABEL}: there are {classes} classes, counted from 0")
+    return torch.tensor([int(label) for label in labels])
 
 
-def draw_batch(i, net, alpha_bar, labels, device, autocast):
-    """Yield x_T, ..., x_0 of batch i of the samples. (SEED, i) alone decides its noise."""
+def denoise_batch(i, net, alpha_bar, labels, device, autocast):
+    """Yield x_T, ..., x_0 of batch i of the samples. SEED, i and BATCH_SIZE decide its noise."""
     size = min(64, BATCH_SIZE)
-    torch.manual_seed((SEED + 1) * 10**7 - 1 - i)  # counts down; training steps count up
+    torch.manual_seed((SEED + 1) * 10**7 - 1 - i)  # never the seed of a training step
     x_T = torch.randn(size, *net.shape, device=device)
     y = labels[torch.arange(size * i, size * i + size) % len(labels)].to(device)
     predict = functools.partial(predict_eps, net, y=y, guidance=GUIDANCE)
@@ -395,7 +397,7 @@ def generate(num, net, alpha_bar, labels, device, autocast):
     """Yield `num` samples as uint8 batches (B, C, H, W), with these labels in turn."""
     size = min(64, BATCH_SIZE)
     for i in range(math.ceil(num / size)):
-        for x in draw_batch(i, net, alpha_bar, labels, device, autocast):
+        for x in denoise_batch(i, net, alpha_bar, labels, device, autocast):
             pass
         yield to_uint8(x)[:num - size * i]
 
@@ -408,7 +410,7 @@ def make_network(channels, classes):
 
 
 def fixed_settings(net):
-    """What the checkpoint of a network cannot be combined with in another value."""
+    """What must be equal when the checkpoint of a network is loaded."""
     return dict(shape=list(net.shape), classes=net.classes, channels=CHANNELS, mults=MULTS,
                 blocks=BLOCKS, attention=ATTENTION, timesteps=TIMESTEPS, schedule=SCHEDULE,
                 init_from=INIT_FROM)
@@ -429,6 +431,7 @@ def train(out, ckpt=None, pretrained=None):
         sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
     device, layout, autocast = pick_device()
     if world > 1:
+        # a long timeout: at the end the others wait while process 0 computes the FID
         distributed.init_process_group(timeout=datetime.timedelta(days=1))
     if rank > 0:
         distributed.barrier()  # process 0 prepares the data; the others then read its files
@@ -440,6 +443,9 @@ def train(out, ckpt=None, pretrained=None):
     labels = labels if CONDITIONAL else None
     classes = int(labels.max()) + 1 if CONDITIONAL else 0
     batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device, layout, rank, world)
+    if FID and rank == 0:
+        import fid
+        inception = fid.Inception().to(device)  # before training, in case its weights are missing
 
     torch.manual_seed(SEED)
     net, alpha_bar = pretrained or make_network(images.shape[1], classes)
@@ -461,15 +467,14 @@ def train(out, ckpt=None, pretrained=None):
         for weight, state in opt.state.items():
             for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
                 state[key] = torch.empty_like(weight).copy_(state[key])
-    labels = pick_labels(classes)  # of the samples
-    drawing = (ema, alpha_bar, labels, device, autocast)
+    sample_labels = pick_labels(classes)
     scales = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
     if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
 
-    all_epochs = EPOCHS * len(batches)
-    total = min(all_epochs, MAX_STEPS or math.inf)
+    schedule_steps = EPOCHS * len(batches)
+    total = min(schedule_steps, MAX_STEPS or math.inf)
     began = time.time() - (rows[-1]["time"] if rows else 0)
     saved, recent = 0, []  # time of the last checkpoint; losses since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
@@ -477,13 +482,14 @@ def train(out, ckpt=None, pretrained=None):
         x_0, y = batches(step - 1)
         # a resumed run draws the same noise, and each process noise of its own
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
-        lr = LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / all_epochs)) / 2
+        lr = LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / schedule_steps)) / 2
         opt.param_groups[0]["lr"] = lr
-        recent.append(train_step(model, opt, x_0, y, scales, autocast))
-        update_ema(ema, net, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
+        losses, t = train_step(model, opt, x_0, y, scales, autocast)
+        update_ema(ema, net, min(EMA, step / (step + 9)))  # averages a tenth of the steps so far
         if rank > 0:
             continue
 
+        recent.append((losses, t))
         epoch = math.ceil(step / len(batches))
         if step % LOG_EVERY == 0 or step == total:  # here the loop waits for the GPU
             losses, t = [torch.cat(values).cpu() for values in zip(*recent)]
@@ -506,20 +512,20 @@ def train(out, ckpt=None, pretrained=None):
                 os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
-            path = []
-            for x in draw_batch(0, *drawing):
-                path.append(to_uint8(x[:8]))
-            data.save_grid(to_uint8(x), out / "samples" / f"epoch_{epoch:04}.png", len(labels))
-            shown = torch.stack([path[i * (len(path) - 1) // 10] for i in range(11)], 1)
+            states = []  # x_T, ..., x_0 of eight images
+            for x in denoise_batch(0, ema, alpha_bar, sample_labels, device, autocast):
+                states.append(to_uint8(x[:8]))
+            name = f"epoch_{epoch:04}.png"
+            data.save_grid(to_uint8(x), out / "samples" / name, len(sample_labels))
+            shown = torch.stack([states[i * (len(states) - 1) // 10] for i in range(11)], 1)
             data.save_grid(shown.flatten(0, 1), out / "denoise.png", columns=11)
             data.save_curves(rows, out / "loss.png")
 
     if rank == 0:
-        print(f"{out / 'ckpt.pt'} is at step {step} of {total}: --resume --epochs N continues it")
+        print(f"step {step} of {total} is done; --resume with a larger --epochs continues the run")
     if FID and rank == 0:
-        import fid
-        distance = fid.compare(generate(FID, *drawing), images, FID, SEED, device)
-        print(f"FID {distance:.4f} of {FID} samples")
+        samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
+        print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
     if world > 1:
         distributed.barrier()  # the others wait for process 0, which may still draw
         distributed.destroy_process_group()
@@ -537,6 +543,8 @@ def write_samples(out, ckpt=None, pretrained=None):
     if ckpt:
         check_fixed(ckpt, **fixed_settings(net))
         net.load_state_dict(ckpt["ema"])
+    elif (out / "ckpt.pt").exists():
+        sys.exit(f"error: {out} holds a run: leave out --init_from, or give another --out_dir")
     labels = pick_labels(net.classes)
     net.to(device, memory_format=layout).eval()
     samples = generate(SAMPLE, net, alpha_bar, labels, device, autocast)
@@ -544,8 +552,8 @@ def write_samples(out, ckpt=None, pretrained=None):
 
 
 def parse_flags():
-    """The flags that were given, like {"LR": 1e-4}. Each constant is one, its comment the help."""
-    source = Path(__file__).read_text("utf-8").replace("%", "%%")
+    """The flags that were given, like {"LR": 1e-4}. The comments of the constants are their help."""
+    source = Path(__file__).read_text("utf-8")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -556,16 +564,20 @@ def parse_flags():
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(default, list):
             kind = dict(type=type(default[0]), nargs="+")
-        parser.add_argument(f"--{key.lower()}", dest=key, **kind,
-                            help=f"{comment} (default: {default})")
-    return vars(parser.parse_args())
+        text = f"{comment} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{key.lower()}", dest=key, help=text, **kind)
+    flags = vars(parser.parse_args())
+    for key, value in flags.items():
+        if isinstance(value, (int, float)) and value < 0:
+            parser.error(f"--{key.lower()} {value}: it cannot be negative")
+    return flags
 
 
 # ---- public weights, loaded by the packages that made them
 
 
 class Pretrained(nn.Module):
-    """A network of others with the call of UNet. It knows no labels."""
+    """A network of another package, without labels, that is called like UNet."""
 
     def __init__(self, net, shape):
         super().__init__()
@@ -631,18 +643,20 @@ if __name__ == "__main__":
     ckpt = None
     if RESUME or SAMPLE and "INIT_FROM" not in flags:
         ckpt = load_checkpoint(out / "ckpt.pt")
-        # a run keeps its settings; only a flag that is given now changes one
+        # a run keeps its settings, except where a flag is given now
         for key, value in ckpt["settings"].items():
-            if key not in flags and value != globals()[key]:
+            if key not in flags and value != globals().get(key, value):
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
     pretrained = load_pretrained(INIT_FROM) if INIT_FROM else None
     if pretrained:
         IMAGE_SIZE = pretrained[0].shape[1]
+        print(f"IMAGE_SIZE = {IMAGE_SIZE}, as {INIT_FROM} has it")
     check_settings()
     try:
         write_samples(out, ckpt, pretrained) if SAMPLE else train(out, ckpt, pretrained)
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: --resume --out_dir {out} goes on from the last checkpoint")
+        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint"
+                 if (out / "ckpt.pt").exists() else "stopped before the first checkpoint")

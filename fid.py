@@ -41,8 +41,8 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class WithoutPadding(nn.Module):
-    """Deviation 1: average pooling does not count the zeros of the padding. Torchvision's counts them,
-    so what it returns is divided by the share of pixels that are not padding."""
+    """Deviation 1: average pooling does not count the zeros of the padding. Torchvision's does, so
+    its result is divided by the share of pixels that are not padding."""
 
     def forward(self, pooled):
         return pooled / F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, stride=1, padding=1)
@@ -169,9 +169,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)  # rounding may leave -1e-10 for two equal sets
 
 
-def compare(samples, images, num, seed, device):
+def compare(samples, images, num, seed, inception):
     """FID of uint8 batches of samples against `num` random images of a tensor (N, C, H, W)."""
-    inception = Inception().to(device)
+    if num > len(images):
+        raise Error(f"FID of {num} samples needs as many images; there are {len(images)}")
     images = images[random_order(len(images), seed)[:num]]
     return frechet_distance(*statistics(samples, inception), *statistics(images, inception))
 

@@ -8,8 +8,8 @@ Ours and theirs take turns. A row shows both medians, and the ratio, its median 
 ours is faster. Theirs is what tutorials do: float32, eager mode, BCELoss on a sigmoid, .item() in
 each step, ImageFolder and DataLoader."""
 import argparse
-import math
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -35,7 +35,7 @@ import data  # noqa: E402
 import dcgan  # noqa: E402
 import ddpm  # noqa: E402
 
-DEVICE, BFLOAT16, COMPILED = data.pick_device(compiled=True)
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 CUDA = DEVICE.type == "cuda"
 TURNS = 5 if CUDA else 3
 COUNT = 10_000                  # faces in an array, and digits
@@ -44,9 +44,9 @@ FID_FILES = 1000 if CUDA else 100
 BATCH = 128
 STEPS = 50 if CUDA else 5       # that are measured
 SAMPLES = 128 if CUDA else 16
-PRESET = ddpm.PRESETS["celeba"]
+FACES = dict(channels=64, mults=[1, 2, 3, 4], blocks=2, attention=16)  # of ddpm.py's docstring
 SMALLEST = dict(TURNS=1, COUNT=20, FILES=20, FID_FILES=2, BATCH=2, STEPS=1, SAMPLES=1,
-                PRESET=dict(PRESET, CHANNELS=8))
+                FACES=dict(FACES, channels=16))
 
 
 def prepare():
@@ -82,16 +82,21 @@ def loop_rate(loop, steps, batch_size):
     return rate(steps * batch_size, lambda: list(islice(loop, steps)))
 
 
-def main_rate(script, steps, **changes):
-    """Images a second of a script's main(), from the last row of its log."""
-    if COMPILED:
+def script_rate(script, batch_size, steps, **flags):
+    """Images a second of a script, as if it were started with these flags, by the last two rows of
+    its log."""
+    if CUDA:
         torch.compiler.reset()  # it compiles only so many networks in a process
     with tempfile.TemporaryDirectory() as out:
-        settings, _ = script.parse_flags(["--out_dir", out, "--sample_every", "0"])
-        settings.update(changes, EPOCHS=10**6, MAX_STEPS=3 * steps, LOG_EVERY=steps)
-        with mock.patch.multiple(script, **settings), redirect_stdout(sys.stderr):
-            script.main(settings, None)
-        return np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True)["images_per_s"][-1]
+        flags.update(out_dir=out, batch_size=batch_size, epochs=10**6, max_steps=3 * steps,
+                     log_every=steps, sample_every=0)
+        argv = [f"{script.__name__}.py"]
+        for key, value in flags.items():
+            argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        with mock.patch.object(sys, "argv", argv), redirect_stdout(sys.stderr):
+            runpy.run_path(script.__file__, run_name="__main__")
+        seconds = np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True)["time"]
+        return steps * batch_size / (seconds[-1] - seconds[-2])
 
 
 def make_loader(source, workers):
@@ -130,36 +135,36 @@ def plain_gan(script, source, workers):
         yield [x.item() for x in (loss_real + loss_fake, loss_g, p_real.mean(), p_fake.mean())]
 
 
-def plain_ddpm(net, compute_loss, name, size, batch_size):
+def plain_ddpm(net, name, size, batch_size):
     """The same for a diffusion model, but with our batches, so that only the training differs."""
-    opt = torch.optim.Adam(net.parameters(), 1e-3)
-    get_batch = data.Batches(data.load(name, size)[0], None, batch_size, device=DEVICE)
-    for x, _ in map(get_batch, count()):
-        loss = compute_loss(x)
+    from diffusers import DDPMScheduler
+    opt, scheduler = torch.optim.Adam(net.parameters(), 1e-3), DDPMScheduler(1000)
+    batches = data.Batches(data.load(name, size)[0], None, batch_size, device=DEVICE)
+    for x, _ in map(batches, count()):
+        eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=DEVICE)
+        loss = F.mse_loss(net(scheduler.add_noise(x, eps, t), t).sample, eps)
         opt.zero_grad()
         loss.backward()
         opt.step()
         yield loss.item()
 
 
-def diffusers_unet(image_channels, size, **changes):
-    """The U-Net of ddpm.py with these changed settings, by diffusers."""
+def diffusers_unet(image_channels, size, channels=32, mults=(1, 2, 4), blocks=1, attention=7):
+    """The U-Net of ddpm.py, by diffusers."""
     from diffusers import UNet2DModel
-    settings = {**vars(ddpm), **changes}
-    kinds = ["Attn" if size // 2**level in settings["ATTENTION"] else ""
-             for level in range(len(settings["MULTS"]))]
+    kinds = ["Attn" if size // 2**level <= attention else "" for level in range(len(mults))]
     return UNet2DModel(
-        size, image_channels, image_channels, layers_per_block=settings["BLOCKS"],
-        block_out_channels=[settings["CHANNELS"] * mult for mult in settings["MULTS"]],
+        size, image_channels, image_channels, layers_per_block=blocks,
+        block_out_channels=[channels * mult for mult in mults],
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        norm_num_groups=math.gcd(settings["CHANNELS"] // 4, 8), norm_eps=1e-6,
-        attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0,
+        norm_num_groups=8, norm_eps=1e-6, attention_head_dim=None, flip_sin_to_cos=False,
+        freq_shift=1, downsample_padding=0,
     ).to(DEVICE)
 
 
-def compare_gan(script, source, workers, steps, **changes):
-    return (lambda: main_rate(script, steps, BATCH_SIZE=BATCH, **changes),
+def compare_gan(script, source, workers, steps, **flags):
+    return (lambda: script_rate(script, BATCH, steps, **flags),
             lambda: loop_rate(plain_gan(script, source, workers), steps, BATCH))
 
 
@@ -167,15 +172,12 @@ def compare_start():
     data.load("faces", 64)  # makes the cache
     flags = f"--data faces --batch_size {BATCH} --max_steps 1 --sample_every 0 --out_dir".split()
     theirs = (f"import sys; sys.path.append({str(TESTS)!r}); import bench; bench.BATCH = {BATCH}; "
-              "next(bench.plain_gan(bench.dcgan, 'faces', 2)); print(flush=True)")
+              "next(bench.plain_gan(bench.dcgan, 'faces', 2))")
 
-    def seconds(*command):  # until a Python program prints its first line
+    def seconds(*command):
         began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        passed = time.perf_counter() - began
-        assert process.wait() == 0, command
-        return passed
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
 
     return (lambda: seconds(TESTS.parent / "dcgan.py", *flags, tempfile.mkdtemp(dir=".")),
             lambda: seconds("-c", theirs))
@@ -190,47 +192,29 @@ def compare_loading(source, number, work):
 
 def compare_batches(name, size, source):
     images, labels = data.load(name, size)
-    get_batch = data.Batches(images, labels, BATCH, flip=labels is None, device=DEVICE)
-    steps, loop = len(get_batch), map(get_batch, count())
+    batches = data.Batches(images, labels, BATCH, flip=labels is None, device=DEVICE)
+    steps, loop = len(batches), map(batches, count())
     return compare_loading(source, steps * BATCH, lambda: [len(x) for x, _ in islice(loop, steps)])
 
 
-def compare_diffusers(name, size, batch, **changes):
-    from diffusers import DDPMScheduler
-    net = diffusers_unet(1 if name == "mnist" else 3, size, **changes)
-    scheduler = DDPMScheduler(1000)
-
-    def compute_loss(x):
-        eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=DEVICE)
-        return F.mse_loss(net(scheduler.add_noise(x, eps, t), t).sample, eps)
-
-    return compare_ddpm(net, compute_loss, name, size, batch, **changes)
-
-
-def compare_lucidrains():
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    net = GaussianDiffusion(Unet(32, dim_mults=(1, 2, 4)), image_size=32, auto_normalize=False)
-    return compare_ddpm(net.to(DEVICE), net, "faces.npy", 32, BATCH // 2, ATTENTION=(8,))
-
-
-def compare_ddpm(net, compute_loss, name, size, batch, **changes):
-    changes.update(DATA=name, IMAGE_SIZE=size, BATCH_SIZE=batch)
-    return (lambda: main_rate(ddpm, STEPS, **changes),
-            lambda: loop_rate(plain_ddpm(net, compute_loss, name, size, batch), STEPS, batch))
+def compare_ddpm(name, size, batch, **flags):
+    net = diffusers_unet(1 if name == "mnist" else 3, size, **flags)
+    return (lambda: script_rate(ddpm, batch, STEPS, data=name, image_size=size, **flags),
+            lambda: loop_rate(plain_ddpm(net, name, size, batch), STEPS, batch))
 
 
 def compare_sampling():
     from diffusers import DDIMPipeline, DDIMScheduler
     net = ddpm.UNet().eval().to(DEVICE, memory_format=torch.channels_last)
-    if COMPILED:
+    if CUDA:
         net.compile()
     pipeline = DDIMPipeline(diffusers_unet(1, 28), DDIMScheduler(1000))
     theirs = partial(pipeline, SAMPLES, num_inference_steps=10, output_type="np")
 
     def ours():
         x = torch.randn(SAMPLES, 1, 28, 28, device=DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=BFLOAT16):
-            ddpm.sample(net, x, ddpm.make_alpha_bar("linear", 1000), 10, "ddim")
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+            list(ddpm.sample(net, x, ddpm.make_alpha_bar("linear", 1000), 10, eta=0, order=1))
 
     ours(), theirs()  # the first time takes longer
     return lambda: rate(SAMPLES, ours), lambda: rate(SAMPLES, theirs)
@@ -244,26 +228,27 @@ def compare_fid():
     network = fid.Inception("weights.pth").to(DEVICE)
     with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
         peer = inception.InceptionV3().to(DEVICE)
-    files = sorted(Path("faces/class").iterdir())[:FID_FILES]
-    read = partial(fid.read_files, files, Path, 50)
-    theirs = partial(fid_score.calculate_activation_statistics, files, peer, 50, 2048, DEVICE, 2)
+    names, root = data.list_files(Path("faces/class"))
+    names = names[:FID_FILES]
+    read = partial(fid.read_files, names, root, FID_FILES, 50)
+    theirs = partial(fid_score.calculate_activation_statistics, [root / name for name in names],
+                     peer, 50, 2048, DEVICE, 2)
     return (lambda: rate(FID_FILES, lambda: fid.statistics(read(), network)),
             lambda: rate(FID_FILES, theirs))
 
 
 ROWS = {  # each returns two functions, for one figure of ours and one of theirs
-    "dcgan.py: training, faces/s": lambda: compare_gan(dcgan, "faces", 2, STEPS, DATA="faces.npy"),
+    "dcgan.py: training, faces/s": lambda: compare_gan(dcgan, "faces", 2, STEPS, data="faces.npy"),
     "batches of 64 px faces, from the cache": lambda: compare_batches("faces.npy", 64, "faces"),
     "decoding 178x218 photos to 64 px, once": lambda: compare_loading(
         "photos", FILES, lambda: data.load("photos", 64, tempfile.mkdtemp(dir="."))),
     "batches of MNIST": lambda: compare_batches("mnist", 28, "mnist"),
-    "dcgan.py: seconds from start to the end of step 1, cached": compare_start,
+    "dcgan.py: seconds for a run of one step, cached": compare_start,
     "cgan.py: training, digits/s": lambda: compare_gan(cgan, "mnist", 0, 10 * STEPS),
     "ddpm.py: training, digits/s, against diffusers' U-Net":
-        lambda: compare_diffusers("mnist", 28, BATCH),
+        lambda: compare_ddpm("mnist", 28, BATCH),
     "ddpm.py: training, 64 px faces/s, against diffusers' U-Net":
-        lambda: compare_diffusers("faces.npy", 64, BATCH if CUDA else 8, **PRESET),
-    "ddpm.py: training, 32 px faces/s, against denoising-diffusion-pytorch": compare_lucidrains,
+        lambda: compare_ddpm("faces.npy", 64, BATCH if CUDA else 8, **FACES),
     "ddpm.py: digits sampled in 10 DDIM steps, images/s, against diffusers": compare_sampling,
     "fid.py: files to statistics, images/s, against pytorch-fid": compare_fid,
 }

@@ -60,24 +60,19 @@ def checkpoint(out):
     return torch.load(out / "ckpt.pt", weights_only=True)
 
 
-def tensors(state, prefix=""):
-    """All tensors of nested dicts and lists, by path."""
-    if isinstance(state, torch.Tensor):
-        return {prefix: state}
-    if isinstance(state, (list, tuple)):
-        state = dict(enumerate(state))
-    if not isinstance(state, dict):
-        return {}
-    found = {}
-    for name, part in state.items():
-        found.update(tensors(part, f"{prefix}/{name}"))
-    return found
+def tensors(state):
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list):
+        return [tensor for part in state for tensor in tensors(part)]
+    return [state] if isinstance(state, torch.Tensor) else []
 
 
 def same(a, b):
     """Whether two checkpoints hold the same tensors, bit for bit."""
-    a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def log_rows(out):

@@ -3,12 +3,10 @@ import re
 import sys
 
 import bench
-import data
 
 
 def test_smallest_setting_prints_every_row(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)  # main() changes the working folder
-    monkeypatch.setattr(data, "set_handlers", lambda handler: None)
     monkeypatch.setattr(sys, "argv", ["bench.py", "--smallest"])
     bench.main()
     rows = dict(re.findall(r"^\| (\w.+?) \| (.+) \|$", capsys.readouterr().out, re.M))

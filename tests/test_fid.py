@@ -1,12 +1,16 @@
 """fid.py: the distance against closed forms, statistics, the network's weights, the command."""
 import hashlib
+import importlib.util
 import os
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torchvision.models.inception import Inception3
 
@@ -65,6 +69,17 @@ def test_distance_is_the_closed_form(rank1, rank2, smallest):
     assert 0 <= fid.frechet_distance(mean1, sigma1, mean1, sigma1) < 1e-4
 
 
+@pytest.mark.parametrize("mu, sigma", [
+    (np.full(6, np.nan), np.eye(6)), (np.zeros(6), np.diag([1, 1, 1, 1, 1, np.inf])),
+    (np.zeros(6), -np.eye(6)), (np.zeros(6), np.eye(5)), (np.zeros(5), np.eye(5)),
+    (np.zeros((6, 6)), np.eye(6))])
+def test_what_is_no_gaussian_is_refused(mu, sigma):
+    good = np.zeros(6), np.eye(6)
+    for pair in ((*good, mu, sigma), (mu, sigma, *good)):
+        with pytest.raises(fid.Error):
+            fid.frechet_distance(*pair)
+
+
 @pytest.fixture
 def images():
     generator = torch.Generator().manual_seed(0)
@@ -77,41 +92,31 @@ def test_statistics_are_mean_and_unbiased_covariance(images):
 
     x = network(images).numpy()
     lists = (list(batch.split(1)) for batch in images.split(7))
-    for source in (images, iter(images.split(7)), lists):
-        mean, covariance = fid.statistics(source, network, batch_size=9)
+    for source in (images, images.split(7), lists):
+        mean, covariance = fid.statistics(source, network)
         np.testing.assert_allclose(mean, x.mean(0), rtol=1e-13)
         np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-6, atol=1e-6)
 
 
-def test_features(inception):
-    colour = torch.randint(0, 256, (3, 3, 40, 30), dtype=torch.uint8)
-    features = inception(colour)
-    assert features.shape == (3, 2048) and features.std() > 0.1
-    grey = colour[:, :1]
+def test_grey_images_and_wrong_types(inception):
+    grey = torch.randint(0, 256, (2, 1, 40, 30), dtype=torch.uint8)
     torch.testing.assert_close(inception(grey), inception(grey.repeat(1, 3, 1, 1)))
-    unlike = inception([colour[:1], grey[:1, :, :9]])
-    torch.testing.assert_close(unlike[:1], features[:1], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="uint8"):
-        inception(colour / 127.5 - 1)
-
-
-def test_wrong_or_missing_weights(tmp_path):
-    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    for name in ("other.pth", "nowhere.pth"):
-        with pytest.raises((ValueError, OSError), match=name):
-            fid.Inception(tmp_path / name)
+    with pytest.raises(fid.Error, match="uint8"):
+        inception(grey / 127.5 - 1)
 
 
 def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, weights):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    for name in ("other.pt", "nowhere.pt"):
+        with pytest.raises(fid.Error, match=name):
+            fid.Inception(tmp_path / name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     server = tmp_path / "weights.pth"
     monkeypatch.setattr(fid, "URL", server.as_uri())
-    advice = "put it into .*checkpoints, or give --weights"
-    with pytest.raises(OSError, match=advice):  # the address leads nowhere
-        fid.download_weights()
-    server.write_bytes(weights.read_bytes())
-    with pytest.raises(OSError, match=advice):  # another hash
-        fid.download_weights()
+    for content in (None, weights.read_bytes()):  # the address leads nowhere; another hash
+        server.write_bytes(content) if content else None
+        with pytest.raises(fid.Error, match="put it into .*checkpoints"):
+            fid.download_weights()
     assert list(tmp_path.rglob("*.pth")) == [server]
     monkeypatch.setattr(fid, "SHA256", hashlib.sha256(server.read_bytes()).hexdigest())
     path = fid.download_weights()
@@ -123,68 +128,94 @@ def test_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch, weights)
 def command(tmp_path, monkeypatch, capsys, images):
     """command("a b --flag"): what `python fid.py a b --flag` prints; its network is Mean."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fid, "Inception", lambda weights: Mean())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fid, "Inception", lambda weights="": Mean())
     pixels = images.permute(0, 2, 3, 1).numpy()
     np.save("images.npy", pixels)
     np.savez("images.npz", pixels, labels=np.zeros(50))
     np.save("other.npy", pixels[:30] // 2)
-    data.save_images(images[:25], Path("folder"), first=0)
-    wider = images[25:].repeat_interleave(2, 3)  # of another size, and the same for Mean
-    data.save_images(wider, Path("folder/deep"), first=25)
+    os.makedirs("folder/deep")
+    os.mkdir("home")
+    for i, image in enumerate(pixels):  # some are wider, and the same for Mean
+        Image.fromarray(image if i < 25 else image.repeat(2, 1)).save(
+            f"folder/{'deep/' * (i > 24)}{i:02}.png")
     shutil.make_archive("images", "zip", "folder")
 
     def command(line):
-        fid.main(line.split())
+        monkeypatch.setattr(sys, "argv", ["fid.py", *line.split()])
+        fid.main()
         return capsys.readouterr()
 
     return command
 
 
 def test_every_kind_of_input_gives_the_same_number(command, images):
-    command("folder --save new/stats.npz --batch_size 7")
-    names = "folder images.zip images.npy images.npz new/stats.npz".split()
+    command("folder --save ~/new/stats.npz --batch_size 7")
+    assert set(np.load("home/new/stats.npz")) == {"mu", "sigma"} and not Path("~").exists()
+    names = "folder images.zip images.npy images.npz ~/new/stats.npz".split()
     numbers = {command(f"{name} other.npy").out for name in names}
     both = [*fid.statistics(images, Mean()), *fid.statistics(images[:30] // 2, Mean())]
     assert numbers == {f"FID {fid.frechet_distance(*both):.4f}\n"}
-    assert set(np.load("new/stats.npz")) == {"mu", "sigma"}
+    distance = fid.compare(iter(images.split(7)), images[:30] // 2, 30, 0, Mean())
+    assert distance == pytest.approx(fid.frechet_distance(*both))
+
+
+def test_a_named_set_takes_precedence_and_is_cropped_as_for_training(command):
+    os.mkdir("celeba")  # another folder of that name
     os.renames("folder", "data/celeba/img_align_celeba")
     cropped, _ = data.load("celeba", 16)
     np.save("cropped.npy", cropped.permute(0, 2, 3, 1).numpy())
     assert command("celeba cropped.npy --image_size 16").out == "FID 0.0000\n"
 
 
-def test_files_are_skipped_by_name_and_small_sets_warned_of(command):
-    assert "fewer than 10,000" in command("images.npy other.npy").err
-    Path("folder/cut.png").write_bytes(Path("folder/000000.png").read_bytes()[:60])
-    Image.new("I;16", (8, 8), 300).save("folder/deep.png")
-    out, err = command("folder images.npy")
-    assert "cut.png, deep.png" in err and out == "FID 0.0000\n"
-
-
-def test_num_is_a_seeded_subset(command):
+def test_num_is_a_seeded_subset_of_what_can_be_read(command):
     lines = [f"images.npy other.npy --num 9 --seed {seed}" for seed in (0, 0, 1)]
     first, again, other = [command(line).out for line in lines]
     assert first == again != other
+    Path("folder/cut.png").write_bytes(Path("folder/00.png").read_bytes()[:60])
+    Image.new("I;16", (8, 8), 300).save("folder/deep.png")
+    for batch_size in (7, 64):  # all 50 of the 52 files that can be read
+        assert command(f"folder images.npy --num 50 --batch_size {batch_size}").out == "FID 0.0000\n"
+    out, err = command("folder images.npy")
+    assert out == "FID 0.0000\n" and "2 of 52" in err and "cut.png" in err and "deep.png" in err
+    with pytest.raises(fid.Error, match="50 readable"):
+        command("folder --num 51 --save a.npz")
 
 
 @pytest.mark.parametrize("line, message", [
     ("images.npy", "two inputs"), ("images.npy other.npy --save a.npz", "two inputs"),
     ("images.npy other.npy --num -1", "--num"), ("images.npy other.npy --num 31", "30 images"),
     ("images.npy other.npy --num 1", "two or more"), ("images.npy nowhere", "nowhere"),
-    ("images.npy other.npy --device abc", "--device abc"), ("images.npy cut.npz", "cut.npz"),
-    ("images.npy pickle.npz", "pickle.npz"), ("images.npy small.npz", "dimensions"),
-    ("images.npy nan.npz", "finite"), ("empty --save a.npz", "no readable image")])
+    ("images.npy cut.npz", "cut.npz"), ("images.npy pickle.npz", "pickle.npz"),
+    ("images.npy small.npz", "covariances"), ("images.npy nan.npz", "finite"),
+    ("empty --save a.npz", "no readable image"), ("picture.npy other.npy", "picture.npy")])
 def test_a_mistake_is_one_line_and_writes_nothing(line, message, command, capsys):
-    Path("empty").mkdir()
+    os.mkdir("empty")
     Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:-50])
     np.savez("small.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("nan.npz", mu=np.full(6, np.nan), sigma=np.eye(6))
     np.savez("pickle.npz", mu=np.array([{}]), sigma=np.eye(3))
+    np.save("picture.npy", np.zeros((64, 64, 3), np.uint8))
     before = os.listdir()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises((SystemExit, fid.Error)) as end:
         command(line)
     out, err = capsys.readouterr()
-    text = err if end.value.code == 2 else end.value.code  # of argparse, or of sys.exit(text)
-    assert "error: " in text and message in text
-    assert (len(text.splitlines()), out) == (1, "")
+    text = str(end.value) if end.type is fid.Error else err[err.index("error: "):]  # of argparse
+    assert message in text and (len(text.splitlines()), out) == (1, "")
     assert os.listdir() == before
+
+
+def test_the_command_itself_prints_one_line_of_a_mistake(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fid.py", "images.npy", "nowhere"])
+    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+        runpy.run_path(str(ROOT / "fid.py"), run_name="__main__")
+
+
+def test_a_copied_file_needs_no_other(tmp_path, monkeypatch, images):
+    monkeypatch.setitem(sys.modules, "data", None)  # importing it fails
+    spec = importlib.util.spec_from_file_location("copy", shutil.copy(ROOT / "fid.py", tmp_path))
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert alone.frechet_distance(*[*alone.statistics(images, Mean())] * 2) < 1e-6
+    with pytest.raises(ValueError, match="two or more"):
+        alone.statistics(images[:1], Mean())

@@ -1,16 +1,17 @@
 """Against the packages whose place this project takes; skipped where one is missing."""
 import importlib.util
 import os
+import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, pictures
-from test_ddpm import randomised
+from PIL import Image
 from test_fid import inception, weights  # noqa: F401 (fixtures)
-from torch.nn.functional import interpolate
 
 import data
 import ddpm
@@ -21,6 +22,9 @@ def test_peers_that_ci_installs_are_there():
     """In CI no test below may be skipped because a peer is missing."""
     for name in os.environ.get("PEERS", "").split():
         assert importlib.util.find_spec(name), name
+
+
+# ---- pytorch-fid
 
 
 @pytest.fixture(scope="session")
@@ -34,32 +38,26 @@ def pytorch_fid(weights):  # noqa: F811
     return theirs.InceptionV3([3]).eval(), fid_score
 
 
-@pytest.mark.parametrize("kind", ["faces", "grey", "mixed sizes"])
-def test_features_statistics_and_fid_are_pytorch_fids(kind, inception, pytorch_fid,  # noqa: F811
-                                                      tmp_path):
+def test_features_and_statistics_are_pytorch_fids(inception, pytorch_fid, tmp_path):  # noqa: F811
     network, fid_score = pytorch_fid
-    ours, theirs = [], []
-    drawn, _ = data.load("toy-digits" if kind == "grey" else "toy-faces", 32, limit=40)
-    for folder, part in zip((tmp_path / "a", tmp_path / "b"), drawn.split(20)):
-        for i, image in enumerate(part.split(1)):
-            size = (50 - i % 5, 20 + i % 7) if kind == "mixed sizes" else (32, 32)
-            data.save_images(interpolate(image, size), folder, first=i)
-        batch = 1 if kind == "mixed sizes" else 20  # theirs takes batches of one size only
-        expected = fid_score.get_activations(sorted(folder.iterdir()), network, batch,
-                                             device="cpu", num_workers=0)
-        (images,) = fid.read_files(*data.list_files(folder), 20)
+    for name in ("toy-digits", "toy-faces"):  # grey; colour, of many sizes
+        folder = tmp_path / name
+        folder.mkdir()
+        drawn, _ = data.load(name, 32, limit=8)
+        for i, pixels in enumerate(drawn.permute(0, 2, 3, 1).squeeze(3).numpy()):
+            size = (20 + i % 7, 50 - i % 5) if name == "toy-faces" else (32, 32)
+            Image.fromarray(pixels).resize(size).save(folder / f"{i}.png")
+        expected = fid_score.get_activations(  # one by one: it takes batches of one size only
+            sorted(folder.iterdir()), network, 1, device="cpu", num_workers=0).astype(np.float64)
+        (images,) = fid.read_files(*data.list_files(folder), 0, 8)
         features = inception(images).numpy()
         assert np.linalg.norm(features - expected) < 1e-5 * np.linalg.norm(expected)
-        ours.append(fid.statistics([images], inception))
-        expected = expected.astype(np.float64)
-        theirs.append((expected.mean(0), np.cov(expected, rowvar=False)))
+        mean, covariance = fid.statistics([images], inception)
+        assert np.linalg.norm(mean - expected.mean(0)) < 1e-6 * np.linalg.norm(mean)
         # relative to the second moment: where images hardly differ, float32 takes their network
         # itself 2e-6 from float64
-        moment = np.linalg.norm(expected.T @ expected) / len(expected)
-        for a, b, scale in zip(ours[-1], theirs[-1], (np.linalg.norm(theirs[-1][0]), moment)):
-            assert np.linalg.norm(a - b) < 1e-6 * scale
-    expected = fid.frechet_distance(*theirs[0], *theirs[1])
-    assert fid.frechet_distance(*ours[0], *ours[1]) == pytest.approx(expected, rel=1e-4)
+        error, moment = covariance - np.cov(expected, rowvar=False), expected.T @ expected / 8
+        assert np.linalg.norm(error) < 1e-6 * np.linalg.norm(moment)
 
 
 def test_distance_is_pytorch_fids_at_full_rank(pytorch_fid):
@@ -73,166 +71,236 @@ def test_distance_is_pytorch_fids_at_full_rank(pytorch_fid):
     assert fid.frechet_distance(*gaussians[0], *gaussians[1]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("way", [
-    dict(variance="small"), dict(variance="large"),
-    *[dict(sampler="ddim", eta=eta) for eta in (0.0, 0.5, 1.0)]], ids=str)
-@pytest.mark.parametrize("steps", [1000, 100, 8])
+# ---- diffusers' schedulers
+
+
+def draw(seed):
+    x = torch.empty(2, 3, 4, 4, dtype=torch.float64)
+    return x.normal_(generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("peer, eta, order", [
+    ("DDPMScheduler", 1, 1), *[("DDIMScheduler", eta, 1) for eta in (0, 0.5, 1)],
+    ("dpmsolver++", 0, 2), ("sde-dpmsolver++", 1, 2)])
+@pytest.mark.parametrize("num_steps", [100, 8])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_step_is_that_of_diffusers_schedulers(schedule, steps, way, monkeypatch):
+def test_a_step_is_that_of_diffusers_schedulers(
+        schedule, num_steps, peer, eta, order, monkeypatch):
     """The same x_s from the same x_t, eps and noise, at every step on the way from x_T to x_0."""
     diffusers = pytest.importorskip("diffusers")
-
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)
-
-    settings = dict(num_train_timesteps=1000, timestep_spacing="trailing", clip_sample=True,
+    settings = dict(num_train_timesteps=1000,
                     beta_schedule="linear" if schedule == "linear" else "squaredcos_cap_v2")
-    if "eta" in way:
-        theirs = diffusers.DDIMScheduler(**settings)
-        options = dict(eta=way["eta"], use_clipped_model_output=True, variance_noise=draw(9000))
+    if order == 2:
+        theirs = diffusers.DPMSolverMultistepScheduler(
+            **settings, algorithm_type=peer, solver_order=2, final_sigmas_type="zero")
     else:
-        theirs = diffusers.DDPMScheduler(**settings, variance_type=f"fixed_{way['variance']}")
-        options = {}
-    theirs.set_timesteps(steps)
-    alpha_bar = ddpm.make_alpha_bar(schedule, 1000)
+        theirs = getattr(diffusers, peer)(**settings, clip_sample=True)
+    alpha_bar, noise = ddpm.make_alpha_bar(schedule, 1000), draw(9000)
     torch.testing.assert_close(theirs.alphas_cumprod.double(), alpha_bar[1:], rtol=1e-4, atol=1e-7)
     theirs.alphas_cumprod = alpha_bar[1:]  # in float32, 1 - alpha_bar is 1e-3 off for small t
-    seen, path = [], []
+    times, eps = [], []
 
     def net(x, t):
-        seen.append(t[0].item())
-        return draw(t[0].item())
+        times.append(t[0].item())
+        a = alpha_bar[t[0]]
+        x_0 = draw(times[-1]) if order == 1 else draw(times[-1]).tanh()  # this peer does not clip
+        eps.append((x - a.sqrt() * x_0) / (1 - a).sqrt())
+        return eps[-1]
 
-    ddpm.sample(net, draw(5000), alpha_bar, steps, **way, noise=lambda x: draw(9000), path=path)
-    assert seen == theirs.timesteps.tolist()
-    if way == dict(variance="large") and steps < 1000:
-        path.pop()  # theirs adds noise in the last step, too, unless it starts from t = 1
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor",
-                        lambda *_, **__: draw(9000))
-    for t, x, after in zip(seen, path, path[1:]):
-        expected = theirs.step(draw(t), t, x, **options).prev_sample
-        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *_, **__: noise)
+        path = list(ddpm.sample(net, draw(5000), alpha_bar, num_steps, eta, order))
+    assert len(path) == num_steps + 1 and times[0] == 1000 and times[-1] > 0
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noise)
+    options = {} if peer == "DDPMScheduler" else dict(variance_noise=noise)
+    if peer == "DDIMScheduler":
+        options.update(eta=eta, use_clipped_model_output=True)
+    else:
+        theirs.set_timesteps(timesteps=[t - 1 for t in times])
+    for t, s, eps, x, after in zip(times, [*times[1:], 0], eps, path, path[1:]):
+        if peer == "DDIMScheduler":  # it takes steps of 1000 // num_inference_steps
+            theirs.num_inference_steps = Fraction(1000, t - s)
+        expected = theirs.step(eps, t - 1, x, **options).prev_sample
+        error = 1e-5 if order == 1 else 1e-4  # DPMSolverMultistepScheduler computes in float32
+        torch.testing.assert_close(after, expected.double(), rtol=error, atol=error)
 
 
-def difference(net, theirs, sizes):
-    """The largest ||ours - theirs|| / ||theirs||, at several times, on squares of these sizes."""
-    torch.manual_seed(1)
-    errors = []
-    for size in sizes:
-        t = torch.tensor([0, 1, 500, 999] if size < 100 else [1, 999])
-        x = torch.randn(len(t), 3, size, size)
-        with torch.no_grad():
-            ours, expected = net(x, t), theirs(x, t)
-        expected = getattr(expected, "sample", expected)
-        assert expected.std() > 0.1
-        errors.append((ours - expected).norm() / expected.norm())
-    return max(errors)
-
+# ---- diffusers' U-Net
 
 LAYOUTS = {  # of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, narrowed to a quarter
-    "cifar10-32": dict(
-        sample_size=32, block_out_channels=(32, 64, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")),
-    "celebahq-256": dict(
-        sample_size=256, block_out_channels=(32, 32, 64, 64, 128, 128),
-        down_block_types=(*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4))}
+    "cifar10-32": (32, (32, 64, 64, 64), [1]), "celebahq-256": (256, (32, 32, 64, 64, 128, 128), [4]),
+    "attention in all levels of at most 16 px": (32, (32, 64, 64), [1, 2])}
+
+
+def make_peer(sample_size=32, channels=(32, 64), levels=(1,), **changes):
+    """A UNet2DModel with random weights and attention in these levels, as on the hub."""
+    from diffusers import UNet2DModel
+
+    kinds = ["Attn" if level in levels else "" for level in range(len(channels))]
+    config = dict(
+        sample_size=sample_size, block_out_channels=channels, layers_per_block=2,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)], attention_head_dim=None,
+        norm_eps=1e-6, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0)
+    torch.manual_seed(0)
+    net = UNet2DModel(**{**config, **changes}).eval()
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, 0.1 * (weight.ndim == 1), weight[0].numel() ** -0.5 / 2)
+    return net
+
+
+def rename(theirs, net):
+    """The weights of a UNet2DModel under the names of ddpm.UNet, with q, k and v joined."""
+    weights, state, blocks = theirs.state_dict(), {}, theirs.config.layers_per_block
+    for name, value in weights.items():
+        if "to_q" in name:
+            value = torch.cat([weights[name.replace("to_q", to)] for to in ("to_q", "to_k", "to_v")])
+        elif "to_k" in name or "to_v" in name:
+            continue
+        if match := re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name):
+            way, level, kind, i, rest = match.groups()
+            stage = int(level) * (blocks + 1) + (blocks if "samplers" in kind else int(i))
+            last = len(getattr(net, way)[stage]) - 1
+            layer = {"resnets": 0, "attentions": 1}.get(kind, last)
+            name = f"{way}.{stage}.{layer}.{rest.removeprefix('conv.')}"
+        for old, new in (
+                ("mid_block.resnets.0", "middle.0"), ("mid_block.attentions.0", "middle.1"),
+                ("mid_block.resnets.1", "middle.2"), ("time_embedding.linear_1", "time.0"),
+                ("time_embedding.linear_2", "time.2"), ("time_emb_proj", "emb"), ("to_q", "qkv"),
+                ("conv_shortcut", "skip"), ("group_norm", "norm"), ("to_out.0", "out"),
+                ("conv_norm_out", "norm_out")):
+            name = name.replace(old, new)
+        state[name] = value
+    return state
+
+
+def assert_same_outputs(net, theirs, size):
+    t = torch.tensor([1, 2, 501, 1000] if size < 100 else [2, 1000])
+    x = torch.randn(len(t), 3, size, size)
+    with torch.no_grad():
+        ours, expected = net(x, t), theirs(x, t - 1)
+    expected = getattr(expected, "sample", expected)
+    assert expected.std() > 0.1
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_u_net_is_that_of_diffusers(layout):
+    pytest.importorskip("diffusers")
+    size, channels, levels = LAYOUTS[layout]
+    theirs = make_peer(*LAYOUTS[layout])
+    mults = [width // 32 for width in channels]
+    net = ddpm.UNet((3, size, size), 32, mults, blocks=2, attention=16, groups=32)
+    state = rename(theirs, net)
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    # theirs may have no attention in the smallest levels, where ours adds nothing at first
+    attention = {name for name, module in net.named_modules() if isinstance(module, ddpm.Attention)}
+    assert not unexpected and {name.rsplit(".", 2)[0] for name in missing} <= attention
+    assert not missing or len(levels) == 1
+    assert_same_outputs(net, theirs, size)
+
+
+# ---- public weights
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """hub(**changes): a folder like google/ddpm-cifar10-32, with random weights; its network."""
+    """hub(**changes): a folder with a small UNet2DModel and its scheduler; the network."""
     diffusers = pytest.importorskip("diffusers")
 
-    def hub(layout="cifar10-32", safe=True, scheduler={}, **changes):
-        config = dict(layers_per_block=2, attention_head_dim=None, downsample_padding=0,
-                      flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-        net = diffusers.UNet2DModel(**{**LAYOUTS[layout], **config, **changes}).eval()
-        randomised(net).save_pretrained(tmp_path / "hub", safe_serialization=safe)
-        scheduler = diffusers.DDPMScheduler(**{"variance_type": "fixed_large", **scheduler})
-        scheduler.save_config(tmp_path / "hub")
-        return str(tmp_path / "hub"), net
+    def hub(pipeline=False, scheduler={}, **changes):
+        net, folder = make_peer(16, (32, 32), **changes), tmp_path / "hub"
+        scheduler = diffusers.DDPMScheduler(**{"beta_schedule": "squaredcos_cap_v2", **scheduler})
+        if pipeline:
+            diffusers.DDPMPipeline(net, scheduler).save_pretrained(folder)
+        else:
+            net.save_pretrained(folder)
+            scheduler.save_config(folder)  # scheduler_config.json
+        return folder, net, scheduler
 
     return hub
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("safe", [True, False])
-def test_weights_of_diffusers_give_the_same_output_or_are_refused(layout, safe, hub):
-    folder, theirs = hub(layout, safe)
-    net = ddpm.UNet.from_pretrained(folder)
-    assert not net.training
-    assert difference(net, theirs, (32, 64) if layout == "cifar10-32" else (32, 96, 256)) < 1e-5
-    settings, _ = ddpm.parse_flags(["--init_from", folder])
-    assert settings["VARIANCE"] == "large" and settings["LR"] == 1e-4
-    assert settings["IMAGE_SIZE"] == LAYOUTS[layout]["sample_size"]
-    assert ddpm.parse_flags(["--init_from", folder, "--lr", "1"])[0]["LR"] == 1
-    (path,) = Path(folder).glob("diffusion_pytorch_model.*")
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="--init_from"):
-        ddpm.UNet.from_pretrained(folder)
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_folders_of_diffusers_are_loaded(pipeline, hub, monkeypatch):
+    folder, theirs, scheduler = hub(pipeline, dict(num_train_timesteps=500))
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for source in (str(folder), "~/hub"):
+        net, alpha_bar = ddpm.load_pretrained(source)
+        assert (list(net.shape), net.classes, len(alpha_bar), alpha_bar[0]) == ([3, 16, 16], 0, 501, 1)
+        torch.testing.assert_close(alpha_bar[1:], scheduler.alphas_cumprod.double(), rtol=1e-4, atol=1e-7)
+    assert_same_outputs(net.eval(), theirs, 16)
+
+
+def test_public_weights_are_sampled_fine_tuned_and_resumed(run, hub, tmp_path, monkeypatch):
+    folder, theirs, _ = hub(dropout=0.1)
+    modes, forward = [], torch.nn.Dropout.forward
+    monkeypatch.setattr(torch.nn.Dropout, "forward",
+                        lambda self, x: modes.append(self.training) or forward(self, x))
+    source, out = ["--init_from", folder], tmp_path / "out"
+    run("ddpm", out, "--sample", 3, "--sample_steps", 2, "--batch_size", 3, *source)
+    assert len(pictures(out / "generated")) == 3 and not (out / "ckpt.pt").exists()
+    assert not any(modes)
+    run("ddpm", out, "--max_steps", 1, *source)
+    assert all(modes[-8:])  # dropout is on
+    weights = {name: value for name, value in checkpoint(out)["net"].items() if "conv_in" in name}
+    for name, value in weights.items():  # from those weights, by one step of warm-up
+        moved = (value - theirs.state_dict()[name[name.index("conv_in"):]]).abs().max()
+        assert 0 < moved < 1e-5
+    run("ddpm", out, "--resume", "--max_steps", 2)
+    run("ddpm", tmp_path / "straight", "--max_steps", 2, *source)
+    straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(out)
+    assert all(value.equal(straight["net"][name]) for name, value in resumed["net"].items())
+    run("ddpm", out, "--sample", 2, "--sample_steps", 2)  # of the run, not of the public weights
+    assert len(pictures(out / "generated")) == 2
+    np.save(tmp_path / "grey.npy", np.zeros((9, 16, 16, 1), np.uint8))
+    with pytest.raises(SystemExit, match="^error: .*channels"):
+        run("ddpm", tmp_path / "other", *source, data=tmp_path / "grey.npy")
 
 
 @pytest.mark.parametrize("change", [
-    dict(act_fn="gelu"), dict(attention_head_dim=8), dict(downsample_padding=1),
-    dict(flip_sin_to_cos=True), dict(freq_shift=0), dict(resnet_time_scale_shift="scale_shift"),
-    dict(mid_block_scale_factor=2), dict(num_class_embeds=3), dict(out_channels=6),
-    *[dict(scheduler=other) for other in (
-        dict(prediction_type="v_prediction"), dict(beta_schedule="sigmoid"), dict(beta_end=0.03),
-        dict(trained_betas=[0.1] * 30), dict(num_train_timesteps=500))]], ids=str)
-def test_another_network_or_diffusion_is_refused(change, hub):
-    folder, _ = hub(**change)
-    with pytest.raises((SystemExit, ValueError), match="^2$|--init_from"):  # 2: of parse_flags()
-        ddpm.parse_flags(["--init_from", folder])
-        ddpm.UNet.from_pretrained(folder)
+    dict(num_class_embeds=3), dict(out_channels=6),
+    dict(scheduler=dict(prediction_type="v_prediction")), "damaged"], ids=str)
+def test_what_does_not_predict_eps_is_refused(change, hub):
+    folder, *_ = hub(**change) if change != "damaged" else hub()
+    if change == "damaged":
+        (path,) = folder.glob("diffusion_pytorch_model.*")
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(SystemExit, match="^error: .*--init_from") as end:
+        ddpm.load_pretrained(str(folder))
+    assert len(str(end.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("T", [500, 4000])
-def test_schedules_of_other_lengths(T, hub):
-    folder, _ = hub(scheduler=dict(num_train_timesteps=T, beta_start=0.1 / T, beta_end=20 / T))
-    assert ddpm.parse_flags(["--init_from", folder])[0]["TIMESTEPS"] == T
-    folder, _ = hub(scheduler=dict(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2"))
-    assert ddpm.parse_flags(["--init_from", folder])[0]["SCHEDULE"] == "cosine"
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "diffusion.pt").touch()
+    for package, source, name in (("diffusers", tmp_path, "diffusers"),
+                                  ("GenerativeDiffusion", tmp_path / "diffusion.pt", "DLStudio")):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+        with pytest.raises(SystemExit, match=f"^error: .*pip install .*{name}"):
+            ddpm.load_pretrained(str(source))
 
 
-@pytest.mark.parametrize("attention, sizes", [((4, 8), (32, 64, 256)), ((2,), (32, 64))])
-def test_weights_of_dlstudio_give_the_same_output(attention, sizes, tmp_path):
-    spec = importlib.util.find_spec("GenerativeDiffusion")
-    if not spec:
-        pytest.skip("DLStudio is not installed")
-    path = Path(spec.submodule_search_locations[0], "GenerativeDiffusion.py")
-    spec = importlib.util.spec_from_file_location("dlstudio", path)  # without the whole package
-    dlstudio = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dlstudio)
-    theirs = dlstudio.UNetModel(3, 32, 3, 2, attention, (1, 2, 3, 4), num_heads=1).eval()
-    torch.save(randomised(theirs).state_dict(), tmp_path / "diffusion.pt")
-    net = ddpm.UNet.from_pretrained(tmp_path / "diffusion.pt")
-    assert difference(net, theirs, sizes) < 1e-5
-    settings, _ = ddpm.parse_flags(["--init_from", str(tmp_path / "diffusion.pt")])
-    assert (settings["IMAGE_SIZE"], settings["TIMESTEPS"]) == (64, 1000)
-    assert (settings["SCHEDULE"], settings["VARIANCE"]) == ("linear", "small")
+def test_the_weights_of_dlstudio(run, tmp_path, monkeypatch):
+    dlstudio = pytest.importorskip("GenerativeDiffusion")
+    model = dlstudio.UNetModel  # narrowed to a quarter, otherwise as ddpm.py calls it
+    monkeypatch.setattr(dlstudio, "UNetModel", lambda c, width, *args, **kwargs: model(
+        c, width // 4, *args, **kwargs))
+    theirs = dlstudio.UNetModel(3, 128, 3, 2, (4, 8), channel_mult=(1, 2, 3, 4)).eval()
+    for weight in theirs.parameters():
+        torch.nn.init.normal_(weight, 0.1 * (weight.ndim == 1), weight[0].numel() ** -0.5 / 2)
+    path = tmp_path / "diffusion.pt"
+    torch.save(theirs.state_dict(), path)
+    net, alpha_bar = ddpm.load_pretrained(str(path))
+    assert_same_outputs(net.eval(), theirs, 64)
+    assert alpha_bar.equal(ddpm.make_alpha_bar("linear", 1000))
+    run("ddpm", tmp_path, "--init_from", path, "--sample", 2, "--sample_steps", 2, "--batch_size", 2)
+    assert len(pictures(tmp_path / "generated")) == 2
 
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
 
-def test_sampling_and_fine_tuning(run, hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("conftest.TINY", {"ddpm": ["--batch_size", "8"]})
-    folder, theirs = hub(block_out_channels=(32, 32, 32, 32), sample_size=16)
-    out, source = tmp_path / "out", ["--init_from", folder]
-    run(ddpm, out, "--sample", 3, "--sample_steps", 2, "--batch_size", 3, *source)
-    assert len(pictures(out / "generated")) == 3 and not (out / "ckpt.pt").exists()
-    run(ddpm, out, "--max_steps", 2, *source)
-    moved = (checkpoint(out)["net"]["conv_in.weight"] - theirs.conv_in.weight).abs().max()
-    assert 0 < moved < 1e-5  # from those weights, by two steps of warm-up
-    np.save(tmp_path / "grey.npy", np.zeros((9, 16, 16), np.uint8))
-    for wrong in (["--channels", 8], ["--resume"], ["--data", tmp_path / "grey.npy"]):
-        with pytest.raises(SystemExit, match="^2$|3 channels"):
-            run(ddpm, tmp_path / "other", *source, *wrong)
-    for file in Path(folder).iterdir():
-        file.unlink()  # the checkpoint no longer needs them
-    run(ddpm, out, "--resume", "--max_steps", 3)
-    assert checkpoint(out)["step"] == 3 and checkpoint(out)["args"]["groups"] == 32
-    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing it fails
-    with pytest.raises(SystemExit):
-        run(ddpm, tmp_path / "other", *source)
-    assert "pip install diffusers" in capsys.readouterr().err
+    torch.save({**theirs.state_dict(), "payload": Payload()}, path)
+    with pytest.raises(SystemExit, match="^error: "):
+        ddpm.load_pretrained(str(path))
+    assert not (tmp_path / "executed").exists()
