@@ -180,10 +180,10 @@ def load_checkpoint(path):
     """The checkpoint of a run of this script. Exits if there is none."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt["script"] == "cgan"
+        assert ckpt["script"] == "cgan", "another script's"
     except Exception as error:  # torch.load raises many types on a damaged file
-        sys.exit(f"error: {path} is not a checkpoint of cgan.py ({type(error).__name__}): "
-                 "train first, or give the --out_dir of a run")
+        sys.exit(f"error: {path} is no checkpoint of cgan.py ({error!r:.80}): train first, "
+                 "or give the --out_dir of a run")
     return ckpt
 
 
@@ -220,6 +220,8 @@ def train(out, ckpt=None):
     classes = int(labels.max()) + 1 if CONDITIONAL else 0
     batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device)
     sample_labels = pick_labels(classes)
+    if FID > len(images):
+        sys.exit(f"error: --fid {FID} needs as many images; there are {len(images)}")
     if FID:
         import fid
         inception = fid.Inception().to(device)  # before training, in case its weights are missing
@@ -232,8 +234,9 @@ def train(out, ckpt=None):
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), LR, (BETA1, 0.999), fused=True)
                     for net in (G, D)]
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
-    fixed = dict(shape=shape, classes=classes, latent=LATENT, width=WIDTH,
-                 seed=SEED, batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
+    fixed = dict(shape=shape, classes=classes, conditional=CONDITIONAL, latent=LATENT, width=WIDTH,
+                 seed=SEED, batch_size=BATCH_SIZE, images=len(images),
+                 steps_per_epoch=len(batches))
     step, rows = 0, []
     if ckpt:
         check_fixed(ckpt, **fixed)
@@ -283,7 +286,7 @@ def train(out, ckpt=None):
             data.save_curves(rows, out / "loss.png")
             data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
-    print(f"step {step} of {total} is done; --resume with a larger --epochs continues the run")
+    print(f"step {step} of {EPOCHS * len(batches)} is done; go on with --resume --epochs N")
     if FID:
         samples = generate(ema, sample_labels, FID, SEED, device)
         print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
@@ -295,7 +298,7 @@ def write_samples(out, ckpt):
 
     device, _ = pick_device()
     shape, classes = [ckpt["fixed"]["shape"][0], IMAGE_SIZE, IMAGE_SIZE], ckpt["fixed"]["classes"]
-    check_fixed(ckpt, shape=shape, latent=LATENT, width=WIDTH)
+    check_fixed(ckpt, shape=shape, conditional=CONDITIONAL, latent=LATENT, width=WIDTH)
     labels = pick_labels(classes)
     G = Generator(shape, classes, LATENT, WIDTH).to(device).eval()
     G.load_state_dict(ckpt["ema"])
@@ -303,7 +306,7 @@ def write_samples(out, ckpt):
 
 
 def parse_flags():
-    """The flags that were given, like {"LR": 1e-4}. The comments of the constants are their help."""
+    """The flags that were given, like {"LR": 1e-4}. A constant's comment is its flag's help."""
     source = Path(__file__).read_text("utf-8")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,

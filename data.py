@@ -81,8 +81,10 @@ def evenly_spaced(total, num):
 def load_files(path, name, size, data_dir, limit=0):
     """Images (N, size, size, C) and labels (N,) of a folder or .zip. They are decoded once."""
     names, root = list_files(path)
-    if 0 < limit < len(names):
-        names = [names[i] for i in evenly_spaced(len(names), limit)]
+    if limit:  # from the files that look like images, if there are any
+        known = Image.registered_extensions()
+        names = [name for name in names if Path(name).suffix.lower() in known] or names
+        names = [names[i] for i in evenly_spaced(len(names), min(limit, len(names)))]
     cache = data_dir / f"{name[:50]}{size}-{fingerprint(path, names)}.uint8"
     contents = cache.with_suffix(".json")  # written last: where it exists, the cache is whole
     if not contents.exists():
@@ -104,9 +106,9 @@ def list_files(path):
         names, root, seen = [], path.resolve(), set()
         for folder, subfolders, files in os.walk(root, followlinks=True):
             real = Path(folder).resolve()
-            within = root in (real, *real.parents) or real in root.parents
-            if real in seen or within and Path(folder).is_symlink():  # it is listed anyway
-                subfolders.clear()
+            related = root in (real, *real.parents) or real in root.parents
+            if real in seen or related and Path(folder).is_symlink():
+                subfolders.clear()  # a link into this set or around it, or a second one to a folder
                 continue
             seen.add(real)
             subfolders.sort()
@@ -182,7 +184,7 @@ def report_skipped(skipped, total):
 
 def folder_labels(names):
     """Class numbers (N,), by the names of the innermost folders. None if there are fewer than two
-    such names, or if a file lies outside of them, in a folder around other folders."""
+    names, or if files lie beside class folders."""
     folders = [PurePosixPath(name).parent for name in names]
     ancestors = {parent for folder in set(folders) for parent in folder.parents}
     classes = sorted({folder.name for folder in folders})

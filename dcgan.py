@@ -187,10 +187,10 @@ def load_checkpoint(path):
     """The checkpoint of a run of this script. Exits if there is none."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt["script"] == "dcgan"
+        assert ckpt["script"] == "dcgan", "another script's"
     except Exception as error:  # torch.load raises many types on a damaged file
-        sys.exit(f"error: {path} is not a checkpoint of dcgan.py ({type(error).__name__}): "
-                 "train first, or give the --out_dir of a run")
+        sys.exit(f"error: {path} is no checkpoint of dcgan.py ({error!r:.80}): train first, "
+                 "or give the --out_dir of a run")
     return ckpt
 
 
@@ -217,6 +217,8 @@ def train(out, ckpt=None):
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     images, _ = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
     batches = data.Batches(images, None, BATCH_SIZE, SEED, FLIP, device, layout)
+    if FID > len(images):
+        sys.exit(f"error: --fid {FID} needs as many images; there are {len(images)}")
     if FID:
         import fid
         inception = fid.Inception().to(device)  # before training, in case its weights are missing
@@ -230,7 +232,8 @@ def train(out, ckpt=None):
                     for net in (G, D)]
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
     fixed = dict(image_size=IMAGE_SIZE, channels=channels, latent=LATENT, width=WIDTH,
-                 seed=SEED, batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
+                 seed=SEED, batch_size=BATCH_SIZE, images=len(images),
+                 steps_per_epoch=len(batches))
     step, rows = 0, []
     if ckpt:
         check_fixed(ckpt, **fixed)
@@ -282,7 +285,7 @@ def train(out, ckpt=None):
             data.save_curves(rows, out / "loss.png")
             data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
-    print(f"step {step} of {total} is done; --resume with a larger --epochs continues the run")
+    print(f"step {step} of {EPOCHS * len(batches)} is done; go on with --resume --epochs N")
     if FID:
         samples = generate(ema, FID, SEED, device)
         print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
@@ -300,7 +303,7 @@ def write_samples(out, ckpt):
 
 
 def parse_flags():
-    """The flags that were given, like {"LR": 1e-4}. The comments of the constants are their help."""
+    """The flags that were given, like {"LR": 1e-4}. A constant's comment is its flag's help."""
     source = Path(__file__).read_text("utf-8")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -42,7 +42,7 @@ LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 at t
 TIMESTEPS = 1000        # T, the number of noise steps
 SCHEDULE = "linear"     # how noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
 CHANNELS = 32           # channels of the U-Net at full size
-MULTS = [1, 2, 4]       # multiples of CHANNELS for the levels, of which each has half the size of the one before
+MULTS = [1, 2, 4]       # channels of the levels, in multiples of CHANNELS; sizes halve each time
 BLOCKS = 1              # residual blocks in each level on the way down; one more on the way up
 ATTENTION = 7           # levels of at most this size have attention; the middle always has it
 CONDITIONAL = False     # give the labels to the network
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, of which the residual blocks also get the time embedding."""
+    """Layers in a row. Residual blocks also get the time embedding."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -213,12 +213,14 @@ def make_alpha_bar(schedule, T):
     schedule: linear (Ho et al., section 4), with betas from 1e-4 to 0.02 for T = 1000, or cosine
         (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)
     """
-    if schedule == "linear":
+    if schedule == "linear" and T > 20:
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-    else:
+    elif schedule == "cosine" and T > 0:
         t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"schedule {schedule} with T = {T}: give cosine, or linear with T > 20")
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
 
@@ -290,20 +292,18 @@ def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
     a = alpha_bar.tolist()
     log_snr = (alpha_bar / (1 - alpha_bar)).log().tolist()
     times = torch.linspace(len(a) - 1, 0, num_steps + 1).round().int().tolist()
-    previous = None  # t and x_0 of the step before
+    t_before, x_0_before = None, None
     yield x
     for t, s in zip(times, times[1:]):
         eps = net(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         x_0 = (x - (1 - a[t])**0.5 * eps) / a[t]**0.5                   # eq. 15
-        x_0 = x_0.clamp(-1, 1)
-        middle = x_0  # the estimate for the whole step
-        if order == 2 and previous and s > 0:
-            # better: x_0 at the middle of the step, by the line through the last two over log SNR
-            r, x_0_before = previous
-            slope = (x_0 - x_0_before) / (log_snr[t] - log_snr[r])
-            middle = x_0 + slope * (log_snr[s] - log_snr[t]) / 2
-        previous = t, x_0
-        x, variance = ddim_step(x, middle, a[t], a[s], eta)
+        D = x_0 = x_0.clamp(-1, 1)
+        if order == 2 and t_before and s > 0:
+            # D is x_0 at the middle of the step, on the line through the last two over log SNR
+            h, h_before = log_snr[s] - log_snr[t], log_snr[t] - log_snr[t_before]
+            D = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
+        t_before, x_0_before = t, x_0
+        x, variance = ddim_step(x, D, a[t], a[s], eta)
         if variance > 0:
             x = x + variance**0.5 * torch.randn(x.shape, dtype=x.dtype, device=x.device)
         yield x
@@ -329,8 +329,10 @@ def check_settings():
         sys.exit("error: --label and --guidance need a network that was trained with --conditional")
     if CONDITIONAL and INIT_FROM:
         sys.exit("error: --init_from takes networks without labels: leave out --conditional")
-    if SCHEDULE not in ("linear", "cosine") or SCHEDULE == "linear" and TIMESTEPS <= 20:
-        sys.exit("error: give --schedule cosine, or linear and --timesteps of 21 or more")
+    try:
+        make_alpha_bar(SCHEDULE, TIMESTEPS)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if DTYPE not in ("auto", "bfloat16", "float32"):
         sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
 
@@ -356,10 +358,10 @@ def load_checkpoint(path):
     """The checkpoint of a run of this script. Exits if there is none."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt["script"] == "ddpm"
+        assert ckpt["script"] == "ddpm", "another script's"
     except Exception as error:  # torch.load raises many types on a damaged file
-        sys.exit(f"error: {path} is not a checkpoint of ddpm.py ({type(error).__name__}): "
-                 "train first, or give the --out_dir of a run")
+        sys.exit(f"error: {path} is no checkpoint of ddpm.py ({error!r:.80}): train first, "
+                 "or give the --out_dir of a run")
     return ckpt
 
 
@@ -381,25 +383,33 @@ def pick_labels(classes):
     return torch.tensor([int(label) for label in labels])
 
 
-def denoise_batch(i, net, alpha_bar, labels, device, autocast):
-    """Yield x_T, ..., x_0 of batch i of the samples. SEED, i and BATCH_SIZE decide its noise."""
+def draw_batch(i, net, alpha_bar, labels, device, autocast):
+    """Batch i of the samples, uint8 (B, C, H, W), and a list of x_T, ..., x_0 of its first eight.
+    SEED, i and BATCH_SIZE decide its noise."""
     size = min(64, BATCH_SIZE)
     torch.manual_seed((SEED + 1) * 10**7 - 1 - i)  # never the seed of a training step
     x_T = torch.randn(size, *net.shape, device=device)
     y = labels[torch.arange(size * i, size * i + size) % len(labels)].to(device)
     predict = functools.partial(predict_eps, net, y=y, guidance=GUIDANCE)
     num_steps = min(SAMPLE_STEPS, len(alpha_bar) - 1)
+    states = []
     with autocast:
-        yield from sample(predict, x_T, alpha_bar, num_steps, ETA, ORDER)
+        for x in sample(predict, x_T, alpha_bar, num_steps, ETA, ORDER):
+            states.append(to_uint8(x[:8]))
+    return to_uint8(x), states
 
 
-def generate(num, net, alpha_bar, labels, device, autocast):
-    """Yield `num` samples as uint8 batches (B, C, H, W), with these labels in turn."""
+def generate(num, *args):
+    """Yield `num` samples as uint8 batches (B, C, H, W). args: all of draw_batch() but i"""
     size = min(64, BATCH_SIZE)
     for i in range(math.ceil(num / size)):
-        for x in denoise_batch(i, net, alpha_bar, labels, device, autocast):
-            pass
-        yield to_uint8(x)[:num - size * i]
+        images, _ = draw_batch(i, *args)
+        yield images[:num - size * i]
+
+
+def learning_rate(step, total):
+    """A warm-up of 200 steps to LR, and a cosine that ends near 0 at the last step."""
+    return LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / total)) / 2
 
 
 def make_network(channels, classes):
@@ -443,6 +453,8 @@ def train(out, ckpt=None, pretrained=None):
     labels = labels if CONDITIONAL else None
     classes = int(labels.max()) + 1 if CONDITIONAL else 0
     batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device, layout, rank, world)
+    if FID > len(images):
+        sys.exit(f"error: --fid {FID} needs as many images; there are {len(images)}")
     if FID and rank == 0:
         import fid
         inception = fid.Inception().to(device)  # before training, in case its weights are missing
@@ -456,7 +468,7 @@ def train(out, ckpt=None, pretrained=None):
     ema = copy.deepcopy(net).eval()
     opt = torch.optim.Adam(net.parameters(), LR, fused=True)
     parts = dict(net=net, ema=ema, opt=opt)
-    fixed = dict(fixed_settings(net), seed=SEED, batch_size=BATCH_SIZE,
+    fixed = dict(fixed_settings(net), seed=SEED, batch_size=BATCH_SIZE, images=len(images),
                  steps_per_epoch=len(batches))
     step, rows = 0, []
     if ckpt:
@@ -473,8 +485,7 @@ def train(out, ckpt=None, pretrained=None):
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
 
-    schedule_steps = EPOCHS * len(batches)
-    total = min(schedule_steps, MAX_STEPS or math.inf)
+    total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
     began = time.time() - (rows[-1]["time"] if rows else 0)
     saved, recent = 0, []  # time of the last checkpoint; losses since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
@@ -482,8 +493,7 @@ def train(out, ckpt=None, pretrained=None):
         x_0, y = batches(step - 1)
         # a resumed run draws the same noise, and each process noise of its own
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
-        lr = LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / schedule_steps)) / 2
-        opt.param_groups[0]["lr"] = lr
+        opt.param_groups[0]["lr"] = learning_rate(step, EPOCHS * len(batches))
         losses, t = train_step(model, opt, x_0, y, scales, autocast)
         update_ema(ema, net, min(EMA, step / (step + 9)))  # averages a tenth of the steps so far
         if rank > 0:
@@ -498,7 +508,7 @@ def train(out, ckpt=None, pretrained=None):
             norm = nn.utils.get_total_norm(net.parameters()).item()
             if not math.isfinite(row["loss"] + norm):
                 sys.exit(f"error: diverged by step {step}: try a lower --lr")
-            for i in range(4):  # the quarters of 1 ... T, of which one may be empty at first
+            for i in range(4):  # the quarters of 1 ... T; at first, one may be empty
                 part = losses[(t - 1) * 4 // (len(alpha_bar) - 1) == i]
                 row[f"loss_q{i + 1}"] = part.mean().item() if len(part) else None
             bar.set_postfix(row)
@@ -512,17 +522,15 @@ def train(out, ckpt=None, pretrained=None):
                 os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
-            states = []  # x_T, ..., x_0 of eight images
-            for x in denoise_batch(0, ema, alpha_bar, sample_labels, device, autocast):
-                states.append(to_uint8(x[:8]))
+            samples, states = draw_batch(0, ema, alpha_bar, sample_labels, device, autocast)
             name = f"epoch_{epoch:04}.png"
-            data.save_grid(to_uint8(x), out / "samples" / name, len(sample_labels))
+            data.save_grid(samples, out / "samples" / name, len(sample_labels))
             shown = torch.stack([states[i * (len(states) - 1) // 10] for i in range(11)], 1)
             data.save_grid(shown.flatten(0, 1), out / "denoise.png", columns=11)
             data.save_curves(rows, out / "loss.png")
 
     if rank == 0:
-        print(f"step {step} of {total} is done; --resume with a larger --epochs continues the run")
+        print(f"step {step} of {EPOCHS * len(batches)} is done; go on with --resume --epochs N")
     if FID and rank == 0:
         samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
         print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
@@ -552,7 +560,7 @@ def write_samples(out, ckpt=None, pretrained=None):
 
 
 def parse_flags():
-    """The flags that were given, like {"LR": 1e-4}. The comments of the constants are their help."""
+    """The flags that were given, like {"LR": 1e-4}. A constant's comment is its flag's help."""
     source = Path(__file__).read_text("utf-8")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -629,7 +637,7 @@ def load_diffusers(source):
     if (with_labels or net.config.out_channels != channels or not isinstance(size, int)
             or scheduler.config.prediction_type != "epsilon"):
         raise ValueError("it must predict eps, without labels and without learned variances, and "
-                         "tell the size of its images")
+                         "state the size of its images")
     alpha_bar = torch.cat([torch.ones(1), 1 - scheduler.betas]).double().cumprod(0)
     return Pretrained(net, [channels, size, size]), alpha_bar
 

@@ -171,8 +171,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def compare(samples, images, num, seed, inception):
     """FID of uint8 batches of samples against `num` random images of a tensor (N, C, H, W)."""
-    if num > len(images):
-        raise Error(f"FID of {num} samples needs as many images; there are {len(images)}")
     images = images[random_order(len(images), seed)[:num]]
     return frechet_distance(*statistics(samples, inception), *statistics(images, inception))
 
@@ -274,7 +272,7 @@ def main():
 
     inputs = [open_input(name, args) for name in args.inputs]  # finds mistakes before the work
     gpu = torch.accelerator.current_accelerator(check_available=True)
-    device = gpu or "cpu" if args.device == "auto" else args.device
+    device = (gpu or "cpu") if args.device == "auto" else args.device
     inception, gaussians = None, []
     for name, (gaussian, batches, total) in zip(args.inputs, inputs):
         if gaussian is None:

@@ -64,13 +64,15 @@ def test_folders_and_zips(names, expected, folder, zipped, capsys):
         assert f"{label} = {Path(name).parent.name}" in shown
 
 
-def test_links_to_folders_are_followed_once():
+def test_links_to_folders_are_followed_once(capsys):
     save("a/cat/1.png", 1)
     save("a/dog/2.png", 2)
     save("elsewhere/3.png", 3)
-    for name, target in (("cat/again", "."), ("dog/up", ".."), ("pet", "cat"), ("x", "../elsewhere")):
+    for name, target in (("cat/again", "."), ("dog/up", ".."), ("ant", "cat"), ("pet", "cat"),
+                         ("x", "../elsewhere"), ("y", "../elsewhere")):
         Path("a", name).symlink_to(target)
     assert load("a", 16) == ([1, 2, 3], [0, 1, 2])
+    assert "0 = cat, 1 = dog, 2 = x" in capsys.readouterr().err
 
 
 def test_a_zip_is_read_in_memory_and_each_name_once(tmp_path):
@@ -78,7 +80,7 @@ def test_a_zip_is_read_in_memory_and_each_name_once(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("in.zip", "w") as archive:
         for name in ("a/b.png", "a/b.png", "../b.png", "/b.png", "n" * 300 + ".png"):
             archive.write("a.png", name)
-    assert load("in.zip", 16)[0] in ([7] * 3, [7] * 4)  # ../b.png may count as hidden
+    assert load("in.zip", 16)[0] == [7] * 3  # ../b.png counts as hidden
     assert not list(tmp_path.rglob("b.png"))
 
 
@@ -90,7 +92,7 @@ def test_transparency_is_composited_on_white():
     image.convert("LA").save("a/1.png")
     image.save("a/2.png")
     image.save("a/3.webp", lossless=True)
-    image.quantize(2).save("a/4.gif")  # a palette with a transparent colour
+    image.save("a/4.gif")  # a palette with a transparent colour
     image.quantize(2).save("a/5.png")
     image.convert("L").save("a/6.png", transparency=1)
     image.convert("RGB").save("a/7.png", transparency=(1, 1, 1))
@@ -224,6 +226,8 @@ def test_the_cache_serves_until_its_source_changes(monkeypatch):
 
     save("a/cat/1.png", 1)
     save("a/dog/2.png", 2)
+    for name in ("a/cat/1.png", "a/dog/2.png"):
+        os.utime(name, (2, 2))
     assert loaded() == ([1, 2], [0, 1], True)
     assert loaded() == ([1, 2], [0, 1], False)
     os.rename("a/cat", "a/zebra")

@@ -1,4 +1,4 @@
-"""DCGAN: networks, the training step against a plain one, EMA."""
+"""DCGAN: networks, the training step against a plain one."""
 import pytest
 import torch
 from conftest import checkpoint
@@ -33,13 +33,9 @@ def test_number_and_initial_values_of_weights():
 
 
 def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
-    """Three steps of Algorithm 1, written plainly from the same start, give this checkpoint.
-
-    It comes from a run with --ema 0.2 and --log_every 2.
-    """
+    """Three steps of Algorithm 1, written plainly from the same start, give this checkpoint."""
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), lr, (beta1, 0.999)) for net in (G, D)]
     bce = nn.BCEWithLogitsLoss()
-    ema = {key: value.clone() for key, value in G.state_dict().items() if value.ndim}
     rows = []
     for step in (1, 2, 3):
         x, y = batches(step - 1)
@@ -57,10 +53,7 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
         loss_G.backward()
         opt_G.step()
         rows.append([loss_D, loss_G, real_logit.sigmoid().mean(), fake_logit.sigmoid().mean()])
-        decay = min(0.2, step / (step + 9))
-        for key in ema:  # the weights, and the statistics of BatchNorm
-            ema[key] = decay * ema[key] + (1 - decay) * G.state_dict()[key]
-    for name, state in (("G", G.state_dict()), ("D", D.state_dict()), ("ema", ema)):
+    for name, state in (("G", G.state_dict()), ("D", D.state_dict())):
         for key, value in state.items():
             torch.testing.assert_close(ckpt[name][key], value, rtol=1e-3, atol=5e-5)
     # the rows of steps 2 and 3: means since the row before
@@ -68,8 +61,8 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
         assert list(row.values())[3:] == pytest.approx([float(v) for v in expected], rel=1e-3)
 
 
-def test_training_and_ema_are_those_of_a_plain_loop(run, images, tmp_path):
-    run("dcgan", tmp_path, "--max_steps", 3, "--lr", 1e-3, "--beta1", 0.75, "--seed", 3, "--ema", 0.2)
+def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
+    run("dcgan", tmp_path, "--max_steps", 3, "--lr", 1e-3, "--beta1", 0.75, "--seed", 3)
     batches = data.Batches(data.load(str(images), 16)[0], None, 8, 3, flip=True)
     torch.manual_seed(3)
     G, D = dcgan.Generator(16, 3, 8, 4), dcgan.Discriminator(16, 3, 4)

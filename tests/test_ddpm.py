@@ -47,22 +47,12 @@ def test_the_network_sees_the_time(channels):
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)
 
 
-def test_attention_is_softmax_of_q_k_over_pixels():
-    layer, x = randomised(ddpm.Attention(8, 2)), torch.randn(2, 8, 3, 5)
-    h = layer.norm(x).reshape(2, 8, 15).transpose(1, 2)
-    q, k, v = [h @ w.T + b for w, b in zip(layer.qkv.weight.split(8), layer.qkv.bias.split(8))]
-    attended = ((q @ k.transpose(1, 2)) / 8**0.5).softmax(-1) @ v
-    torch.testing.assert_close(layer(x), x + layer.out(attended).transpose(1, 2).reshape(x.shape))
-
-
 def test_linear_schedule():
     """Ho et al., section 4: betas from 1e-4 to 0.02; other T keep the total amount of noise."""
     a = ddpm.make_alpha_bar("linear", 1000)
     assert a.dtype == torch.float64 and a.shape == (1001,) and a[0] == 1
     np.testing.assert_allclose(a[1:], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), rtol=1e-12)
     assert max(ddpm.make_alpha_bar("linear", T)[-1] for T in (21, 100, 4000)) < 1e-4
-    with pytest.raises(ValueError):  # beta would be 1 or more
-        ddpm.make_alpha_bar("linear", 20)
 
 
 @pytest.mark.parametrize("T", [10, 1000])
@@ -205,10 +195,9 @@ def test_a_step_trains_every_t_and_leaves_out_a_tenth_of_the_labels():
 
 def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
     """Three steps by the script end where Algorithm 1, written plainly, ends from the same start."""
-    run("ddpm", tmp_path, "--max_steps", 3, "--lr", 1e-2, "--seed", 3, "--ema", 0.2)
+    run("ddpm", tmp_path, "--max_steps", 3, "--lr", 1e-2, "--seed", 3)
     torch.manual_seed(3)
     net = ddpm.UNet((3, 16, 16), 16, (1, 2), 1, 8).to(memory_format=torch.channels_last)
-    ema = {key: value.clone() for key, value in net.state_dict().items()}
     opt = torch.optim.Adam(net.parameters(), 0)
     a = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 30) * 1000 / 30).cumprod(0)])
     batches = data.Batches(data.load(str(images), 16)[0], None, 8, seed=3)
@@ -227,13 +216,9 @@ def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
         opt.step()
         losses += error.detach().square().mean((1, 2, 3)).tolist()
         times += t.tolist()
-        decay = min(0.2, step / (step + 9))
-        for key, value in net.state_dict().items():
-            ema[key] = decay * ema[key] + (1 - decay) * value
     ckpt = checkpoint(tmp_path)
-    for name, state in (("net", net.state_dict()), ("ema", ema)):
-        for key, value in state.items():
-            torch.testing.assert_close(ckpt[name][key], value, rtol=1e-4, atol=1e-5)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(ckpt["net"][key], value, rtol=1e-4, atol=1e-5)
     # the rows of steps 2 and 3: means since the row before, of all t and of each quarter
     losses, quarter = np.array(losses), (np.array(times) - 1) * 4 // 30
     for row, part in zip(ckpt["rows"], (slice(0, 16), slice(16, 24)), strict=True):
@@ -252,10 +237,11 @@ def test_the_learning_rate_warms_up_and_decays_over_all_epochs(run, tmp_path, mo
         return step(self)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    run("ddpm", tmp_path, "--epochs", 35, "--max_steps", 205, "--mults", 1, "--log_every", 99)
+    run("ddpm", tmp_path, "--epochs", 10, "--max_steps", 205, "--mults", 1, "--log_every", 99,
+        "--limit", 42, "--batch_size", 2)
     run("ddpm", tmp_path, "--resume", "--log_every", 99)
     expected = [1e-3 * min(1, (i + 1) / 200) * (1 + math.cos(math.pi * i / 210)) / 2
-                for i in range(210)]  # 48 images in batches of 8: 6 steps an epoch
+                for i in range(210)]  # 10 epochs of 21 steps
     assert rates == pytest.approx(expected)
 
 
