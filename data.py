@@ -9,7 +9,6 @@ then memory-mapped: no worker processes, and memory does not grow with the set.
 """
 import csv
 import hashlib
-import io
 import json
 import os
 import sys
@@ -49,8 +48,10 @@ def load(name, size, data_dir="data", limit=0):
     Raises Error if there is no such set or no image in it.
     """
     data_dir, path = Path(data_dir).expanduser(), Path(name).expanduser()
-    if name not in NAMED and not path.exists():
+    if name not in NAMED and not (name and path.exists()):
         raise Error(f"no data {name}: give a folder, .zip, .npy or .npz, or {', '.join(NAMED)}")
+    if size < 1:
+        raise Error(f"images of {size} pixels: give 1 or more")
     if name == "mnist":
         array, labels = load_mnist(data_dir)
     elif name in NAMED and name != "celeba":
@@ -85,9 +86,10 @@ def load_files(path, name, size, data_dir, limit=0):
         known = Image.registered_extensions()
         names = [name for name in names if Path(name).suffix.lower() in known] or names
         names = [names[i] for i in evenly_spaced(len(names), min(limit, len(names)))]
-    cache = data_dir / f"{name[:50]}{size}-{fingerprint(path, names)}.uint8"
+    # a hidden file, so that the cache is not part of the set if data_dir is in its folder
+    cache = data_dir / f".{name[:50]}{size}-{fingerprint(path, names)}.uint8"
     contents = cache.with_suffix(".json")  # written last: where it exists, the cache is whole
-    if not contents.exists():
+    if not (contents.exists() and cache.exists()):
         kept, channels = decode_all(names, root, size, cache)
         with replacing(contents) as tmp:
             tmp.write_text(json.dumps(dict(names=kept, channels=channels)))
@@ -103,8 +105,8 @@ def list_files(path):
     Hidden files are left out. A .zip is read in memory; nothing is unpacked to the disk.
     """
     if path.is_dir():
-        names, root, seen = [], path.resolve(), set()
-        for folder, subfolders, files in os.walk(root, followlinks=True):
+        names, root, seen, errors = [], path.resolve(), set(), []
+        for folder, subfolders, files in os.walk(root, onerror=errors.append, followlinks=True):
             real = Path(folder).resolve()
             related = root in (real, *real.parents) or real in root.parents
             if real in seen or related and Path(folder).is_symlink():
@@ -113,14 +115,17 @@ def list_files(path):
             seen.add(real)
             subfolders.sort()
             files = [Path(folder, file) for file in files]
-            names += [file.relative_to(root).as_posix() for file in files if file.exists()]
+            names += [file.relative_to(root).as_posix() for file in files if file.is_file()]
+        if errors:
+            raise Error(f"cannot read {path}: {errors[0]}")
     else:
         try:
             root = zipfile.Path(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise Error(f"{path} is not a folder, .zip, .npy or .npz: {error}") from error
         names = {name for name in root.root.namelist() if not name.endswith("/")}
-    return sorted(name for name in names if "/." not in f"/{name}"), root
+    parts = {name: PurePosixPath(name).parts for name in names}
+    return sorted(name for name in names if not any(p.startswith(".") for p in parts[name])), root
 
 
 def fingerprint(path, names):
@@ -155,7 +160,7 @@ def decode_image(root, name, size=None):
     size: crop the largest centred square, and resize it; None = leave the image as it is
     """
     try:
-        with Image.open(io.BytesIO((root / name).read_bytes())) as image:
+        with (root / name).open("rb") as file, Image.open(file) as image:
             mode = image.mode
             if mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel, which Pillow would clip")

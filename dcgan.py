@@ -49,7 +49,7 @@ MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = n
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
-LOG_EVERY = 50          # steps between two rows of the log
+LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
 SAVE_EVERY = 60         # seconds between two checkpoints
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images; 0 = none
@@ -239,16 +239,17 @@ def train(out, ckpt=None):
         check_fixed(ckpt, **fixed)
         step, rows = ckpt["step"], ckpt["rows"]
         for name, part in parts.items():
+            if name.startswith("opt"):  # learning rate and betas are those of the settings
+                ckpt[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(ckpt[name])
-        for opt in (opt_G, opt_D):
-            opt.param_groups[0].update(lr=LR, betas=(BETA1, 0.999))
-            for weight, state in opt.state.items():
-                for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
-                    state[key] = torch.empty_like(weight).copy_(state[key])
+        for weight, state in [*opt_G.state.items(), *opt_D.state.items()]:
+            for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
+                state[key] = torch.empty_like(weight).copy_(state[key])
     if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
         G.compile()
         D.compile()
 
+    out.mkdir(parents=True, exist_ok=True)
     total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
     began = time.time() - (rows[-1]["time"] if rows else 0)
     saved, recent = 0, []  # when the last checkpoint was saved; statistics since the last row
@@ -262,7 +263,7 @@ def train(out, ckpt=None):
         recent.append(torch.stack([loss_D, loss_G, p_real.mean(), p_fake.mean()]).detach())
 
         epoch = math.ceil(step / len(batches))
-        if step % LOG_EVERY == 0 or step == total:  # here the loop waits for the GPU
+        if step % (LOG_EVERY or total) == 0 or step == total:  # here the loop waits for the GPU
             means = torch.stack(recent).mean(0).tolist()
             recent = []
             norm = nn.utils.get_total_norm([*G.parameters(), *D.parameters()]).item()
@@ -276,8 +277,8 @@ def train(out, ckpt=None):
                 ckpt = {name: part.state_dict() for name, part in parts.items()}
                 ckpt["settings"] = {key: globals()[key] for key in run_keys}
                 ckpt.update(script="dcgan", step=step, rows=rows, fixed=fixed)
-                torch.save(ckpt, out / "ckpt.tmp")
-                os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
+                with data.replacing(out / "ckpt.pt") as tmp:  # a kill leaves a whole ckpt.pt
+                    torch.save(ckpt, tmp)
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
             name = f"epoch_{epoch:04}.png"
@@ -334,8 +335,9 @@ if __name__ == "__main__":
     out = Path(OUT_DIR).expanduser()
     ckpt = load_checkpoint(out / "ckpt.pt") if RESUME or SAMPLE else None
     if ckpt:  # a run keeps its settings, except where a flag is given now
-        for key, value in ckpt["settings"].items():
-            if key not in flags and value != globals().get(key, value):
+        for key in run_keys:
+            value = ckpt["settings"].get(key, globals()[key])
+            if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
     try:

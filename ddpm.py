@@ -50,7 +50,7 @@ EMA = 0.999             # decay of the averaged weights that draw the samples; 0
 SEED = 0                # decides initial weights, noise and the order of images
 INIT_FROM = ""          # start from public weights: a Hugging Face repository, a folder or a file
 run_keys = [key for key, value in globals().items()  # the constants above this line
-            if key.isupper() and isinstance(value, (int, float, str, list))]
+            if key.isupper() and isinstance(value, (int, float, str, list, tuple))]
 
 # ---- settings of this call
 
@@ -60,7 +60,7 @@ MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = n
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
-LOG_EVERY = 50          # steps between two rows of the log
+LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
 SAVE_EVERY = 60         # seconds between two checkpoints
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images; 0 = none
@@ -421,7 +421,7 @@ def make_network(channels, classes):
 
 def fixed_settings(net):
     """What must be equal when the checkpoint of a network is loaded."""
-    return dict(shape=list(net.shape), classes=net.classes, channels=CHANNELS, mults=MULTS,
+    return dict(shape=list(net.shape), classes=net.classes, channels=CHANNELS, mults=list(MULTS),
                 blocks=BLOCKS, attention=ATTENTION, timesteps=TIMESTEPS, schedule=SCHEDULE,
                 init_from=INIT_FROM)
 
@@ -475,6 +475,8 @@ def train(out, ckpt=None, pretrained=None):
         check_fixed(ckpt, **fixed)
         step, rows = ckpt["step"], ckpt["rows"]
         for name, part in parts.items():
+            if name.startswith("opt"):  # learning rate and betas are those of the settings
+                ckpt[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(ckpt[name])
         for weight, state in opt.state.items():
             for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
@@ -501,7 +503,7 @@ def train(out, ckpt=None, pretrained=None):
 
         recent.append((losses, t))
         epoch = math.ceil(step / len(batches))
-        if step % LOG_EVERY == 0 or step == total:  # here the loop waits for the GPU
+        if step % (LOG_EVERY or total) == 0 or step == total:  # here the loop waits for the GPU
             losses, t = [torch.cat(values).cpu() for values in zip(*recent)]
             recent = []
             row = dict(loss=losses.mean().item())
@@ -518,8 +520,8 @@ def train(out, ckpt=None, pretrained=None):
                 ckpt = {name: part.state_dict() for name, part in parts.items()}
                 ckpt["settings"] = {key: globals()[key] for key in run_keys}
                 ckpt.update(script="ddpm", step=step, rows=rows, fixed=fixed, alpha_bar=alpha_bar)
-                torch.save(ckpt, out / "ckpt.tmp")
-                os.replace(out / "ckpt.tmp", out / "ckpt.pt")  # a kill leaves a whole ckpt.pt
+                with data.replacing(out / "ckpt.pt") as tmp:  # a kill leaves a whole ckpt.pt
+                    torch.save(ckpt, tmp)
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
             samples, states = draw_batch(0, ema, alpha_bar, sample_labels, device, autocast)
@@ -570,7 +572,7 @@ def parse_flags():
         kind = dict(type=type(default))
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, list):
+        elif isinstance(default, (list, tuple)):
             kind = dict(type=type(default[0]), nargs="+")
         text = f"{comment} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{key.lower()}", dest=key, help=text, **kind)
@@ -609,7 +611,8 @@ def load_pretrained(source):
         sys.exit(f"error: no module {error.name}: pip install diffusers; for a file, "
                  "pip install DLStudio pymsgbox torchmetrics")
     except Exception as error:  # these packages raise many types
-        sys.exit(f"error: cannot load --init_from {source}: {' '.join(str(error).split())}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(f"error: cannot load --init_from {source}: {reason}")
 
 
 def load_dlstudio(path):
@@ -630,7 +633,12 @@ def load_diffusers(source):
         UNet2DModel.load_config(source, **unet)  # the folders that DDPMPipeline writes
     except OSError:
         unet = scheduler = {}  # one folder, as google/ddpm-cifar10-32
-    net = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **unet)
+    net, info = UNet2DModel.from_pretrained(
+        source, low_cpu_mem_usage=False, output_loading_info=True, **unet)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError("its weights do not fit its config.json")
+    if "beta_schedule" not in DDPMScheduler.load_config(source, **scheduler):
+        raise ValueError("its scheduler is not one of DDPM")
     scheduler = DDPMScheduler.from_pretrained(source, **scheduler)
     channels, size = net.config.in_channels, net.config.sample_size
     with_labels = net.config.num_class_embeds or net.config.class_embed_type
@@ -652,8 +660,9 @@ if __name__ == "__main__":
     if RESUME or SAMPLE and "INIT_FROM" not in flags:
         ckpt = load_checkpoint(out / "ckpt.pt")
         # a run keeps its settings, except where a flag is given now
-        for key, value in ckpt["settings"].items():
-            if key not in flags and value != globals().get(key, value):
+        for key in run_keys:
+            value = ckpt["settings"].get(key, globals()[key])
+            if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
     pretrained = load_pretrained(INIT_FROM) if INIT_FROM else None

@@ -187,7 +187,7 @@ def open_input(name, args):
     import data
 
     path = Path(name).expanduser()
-    if name not in data.NAMED and not path.exists():
+    if name not in data.NAMED and not (name and path.exists()):
         raise Error(f"there is no input {name}")
     if name not in data.NAMED and path.suffix.lower() == ".npz":
         try:

@@ -224,17 +224,17 @@ def test_the_cache_serves_until_its_source_changes(monkeypatch):
         decode.reset_mock()
         return *load("a", 16), decode.called
 
-    save("a/cat/1.png", 1)
-    save("a/dog/2.png", 2)
-    for name in ("a/cat/1.png", "a/dog/2.png"):
+    save("a/cat/1.bmp", 1)
+    save("a/dog/2.bmp", 2)
+    for name in ("a/cat/1.bmp", "a/dog/2.bmp"):
         os.utime(name, (2, 2))
     assert loaded() == ([1, 2], [0, 1], True)
     assert loaded() == ([1, 2], [0, 1], False)
     os.rename("a/cat", "a/zebra")
     assert loaded() == ([2, 1], [0, 1], True)
-    save("a/dog/3.png", 3)
+    save("a/dog/3.bmp", 3)
     assert loaded() == ([2, 3, 1], [0, 0, 1], True)
-    os.utime("a/dog/3.png", (1, 1))  # another time, and nothing else
+    os.utime("a/dog/3.bmp", (1, 1))  # another time, and nothing else
     assert loaded() == ([2, 3, 1], [0, 0, 1], True)
     images, _ = data.load("a", 16)
     images += 1  # in memory only

@@ -178,10 +178,11 @@ def test_num_is_a_seeded_subset_of_what_can_be_read(command):
     for batch_size in (7, 64):  # all 50 of the 52 files that can be read
         assert command(f"folder images.npy --num 50 --batch_size {batch_size}").out == "FID 0.0000\n"
     means = []
-    for batch_size in (7, 64):
-        command(f"folder --num 9 --batch_size {batch_size} --save a.npz")
+    for flags in ("--batch_size 7", "--batch_size 64", "--seed 1"):
+        command(f"folder --num 9 {flags} --save a.npz")
         means.append(np.load("a.npz")["mu"])
-    np.testing.assert_allclose(*means)
+    np.testing.assert_allclose(means[0], means[1])
+    assert not np.allclose(means[0], means[2])
     out, err = command("folder images.npy")
     assert out == "FID 0.0000\n" and "2 of 52" in err and "cut.png" in err and "deep.png" in err
     with pytest.raises(fid.Error, match="50 readable"):

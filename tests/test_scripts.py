@@ -372,9 +372,9 @@ def test_user_mistakes_are_one_line_and_write_nothing(script, run, tmp_path, mon
     Path("half/ckpt.pt").write_bytes(Path("run/ckpt.pt").read_bytes()[:-9999])
     before = files(tmp_path)
     mistakes = [
-        "--no_such_flag 1", "--batch 3", "--batch_size abc", "--batch_size 0", "--dtype float17",
-        "--data nowhere", "--data empty", "--data file", "--data mnist --data_dir file",
-        "--resume", "--sample 3"]
+        "--no_such_flag 1", "--batch 3", "--batch_size abc", "--batch_size 0", "--epochs -1",
+        "--dtype float17", "--data nowhere", "--data empty", "--data file",
+        "--data mnist --data_dir file", "--resume", "--sample 3"]
     for folder in ("bad", "old", "another", "half"):
         mistakes += [f"--resume --out_dir {folder}", f"--sample 3 --out_dir {folder}"]
     for mistake in mistakes + MISTAKES[script]:
