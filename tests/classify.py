@@ -1,17 +1,13 @@
-"""How good are generated digits? A classifier of MNIST reads them.
+"""How good are generated digits? A classifier of MNIST, trained once for some minutes, reads them.
 
     python tests/classify.py out/cgan/generated out/conditional/generated   # a row for each
     python tests/classify.py --unlabelled out/gan/generated
 
 A row shows how many images are read with a probability above 0.9, the share of the rarest digit,
 and the Frechet distance between the classifier's features of the images and of the 10,000 test
-digits (compare it only between equally many images). Where all classes come in turn, so that image
-i shows digit i mod 10, it also shows how many are read as that digit, and the variety: the mean
-distance between images of a digit, relative to real ones.
-
-The classifier is trained once, for some minutes, on the 60,000 training digits. It should read 99 %
-or more of the test digits.
-"""
+digits (compare it only between equally many images). Where image i shows digit i mod 10, it also
+shows how many are read as that digit, and the variety: the mean distance between images of a digit,
+relative to real ones."""
 import argparse
 import sys
 import tempfile
@@ -35,13 +31,11 @@ def make_network():
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 3 * 3, 10))
 
 
-def train(net, images, labels, device):
-    batches = data.Batches(images, labels, 128, device=device)
-    total = 3 * len(batches)  # three epochs
+def train(net, batches, epochs=3):
+    total = epochs * len(batches)
     opt = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total)
-    for step in range(total):
-        x, y = batches(step)
+    for x, y in map(batches, range(total)):
         opt.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         opt.step()
@@ -61,31 +55,27 @@ def spread(images):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", help="folders, .zip, .npy or .npz of 28 px digits")
     parser.add_argument("--unlabelled", action="store_true", help="no digit was asked for")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--classifier", default="out/classifier.pt")
     args = parser.parse_args()
-
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     path = Path(args.classifier)
     torch.manual_seed(0)
     net = make_network().to(device)
     real, labels = data.load("mnist", 28, args.data_dir)
     if not path.exists():
-        print("training the classifier (once)", file=sys.stderr)
-        train(net, real, labels, device)
+        train(net, data.Batches(real, labels, 128, device=device))
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(net.state_dict(), path)
     net.eval().load_state_dict(torch.load(path, device, weights_only=True))
-
     test = MNIST(args.data_dir, train=False)
     test_features, probability = classify(net, test.data[:, None], device)
     right = (probability.argmax(1) == test.targets).float().mean()
     print(f"classifier: {right:.2%} of {len(test):,} test digits right\n")
-    reference = fid.statistics(test_features.split(1000), lambda features: features)
+    reference = fid.statistics(test_features.split(1000), nn.Identity())
     real_spread = [spread(real[labels == digit]) for digit in range(10)]
     print("| images | | p > 0.9 | rarest digit | Frechet distance | read as asked | variety |\n"
           "|---|--:|--:|--:|--:|--:|--:|")
@@ -93,19 +83,18 @@ def main():
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             images = data.load(source, 28, cache)[0].clone()
         features, probability = classify(net, images, device)
+        statistics = fid.statistics(features.split(1000), nn.Identity())
         probability, digit = probability.max(1)
-        statistics = fid.statistics(features.split(1000), lambda features: features)
         shares = digit.bincount(minlength=10) / len(digit)
-        row = [source, f"{len(images):,}", f"{(probability > 0.9).float().mean():.2%}",
-               f"{shares.min():.2%} ({shares.argmin()})",
-               f"{fid.frechet_distance(*statistics, *reference):.1f}"]
+        print(f"| {source} | {len(images):,} | {(probability > 0.9).float().mean():.2%} "
+              f"| {shares.min():.2%} ({shares.argmin()}) "
+              f"| {fid.frechet_distance(*statistics, *reference):.1f} |", end="")
         if args.unlabelled:
-            row += ["", ""]
+            print(" | |")
         else:
             asked = torch.arange(len(images)) % 10
             ratios = [spread(images[asked == c]) / real_spread[c] for c in range(10)]
-            row += [f"{(digit == asked).float().mean():.2%}", f"{sum(ratios) / 10:.2f}"]
-        print("|", " | ".join(row), "|", flush=True)
+            print(f" {(digit == asked).float().mean():.2%} | {sum(ratios) / 10:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

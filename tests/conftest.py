@@ -1,7 +1,6 @@
-"""What the tests share: a tiny data set, and two ways to run a script."""
+"""What the tests share: a tiny data set, and a way to run a script."""
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks here are too small for more
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of processes that a test starts
 
 TINY = {  # flags that make a step take milliseconds
     "dcgan": "--image_size 16 --width 4 --latent 8 --batch_size 8".split(),
@@ -47,13 +47,6 @@ def run(images, monkeypatch):
         return runpy.run_path(str(path), run_name="__main__")
 
     return run
-
-
-def command(script, *flags):
-    """The arguments of subprocess.run and Popen for `python script.py flags`."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    args = [sys.executable, str(ROOT / f"{script}.py"), *[str(flag) for flag in flags]]
-    return dict(args=args, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def checkpoint(out):

@@ -7,7 +7,6 @@ So the table shows the error of the sampler alone, without the error of a networ
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,11 +17,11 @@ STD = 0.2
 WAYS = {(1, 1): "DDPM", (0, 1): "DDIM", (0, 2): "DPM-Solver++(2M)", (1, 2): "stochastic 2M"}
 
 
-def exact_eps(alpha_bar):
-    """E[eps | x_t] for data N(0, STD^2): eps and x_t are jointly Gaussian."""
+def exact_eps(alpha_bar, mean=0.0, std=STD):
+    """E[eps | x_t] for data N(mean, std^2): eps and x_t are jointly Gaussian."""
     def predict(x, t):
         a = alpha_bar[t].view(-1, 1)
-        return (1 - a).sqrt() * x / (a * STD**2 + 1 - a)
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
     return predict
 
 
@@ -33,11 +32,6 @@ def sample_std(eta, order, num_steps, num):
     for x in sample(exact_eps(alpha_bar), torch.randn(num, 1), alpha_bar, num_steps, eta, order):
         pass
     return x.std().item()
-
-
-@pytest.mark.parametrize("eta, order", WAYS)
-def test_all_samplers_are_right_with_many_steps(eta, order):
-    assert abs(sample_std(eta, order, 1000, 5000) - STD) < 0.01
 
 
 def test_order_2_is_closer_with_50_steps():

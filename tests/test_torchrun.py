@@ -1,11 +1,10 @@
 """ddpm.py under torchrun, on the CPU: processes end with the same weights."""
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, checkpoint, log_rows
+from conftest import ENVIRONMENT, ROOT, TINY, checkpoint, log_rows
 
 import data
 import ddpm
@@ -15,50 +14,32 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs gloo")
 DRIVER = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, data
-torch.set_num_threads(1)
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# each process reports its weights and its share of the batches
-optimizers, batches = [], []
-init, get_batch = torch.optim.Adam.__init__, data.Batches.__call__
-def keep(self, *args, **kwargs):
-    init(self, *args, **kwargs)
-    optimizers.append(self)
-def spy(self, i):
-    batches.append(get_batch(self, i))
-    return batches[-1]
-torch.optim.Adam.__init__, data.Batches.__call__ = keep, spy
-
+register_optimizer_step_post_hook(lambda opt, *_: torch.save(
+    opt.param_groups[0]["params"], f"process{{os.environ['RANK']}}"))  # the weights of each process
 sys.argv[0] = {str(ROOT / "ddpm.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 assert not torch.distributed.is_initialized()
-weights = [p.detach() for p in optimizers[0].param_groups[0]["params"]]
-torch.save(dict(weights=weights, x=[x for x, _ in batches]), f"process{{os.environ['RANK']}}")
 """
 
 
-@pytest.fixture
-def torchrun(images, tmp_path):
-    """torchrun(out, *flags): ddpm.py in two processes. Returns its exit status and what it printed."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-
-    def torchrun(out, *flags):
-        flags = ["--out_dir", out, "--log_every", 2, "--sample_every", 0, *flags]
-        if "--resume" not in flags:
-            flags = ["--data", images, *TINY["ddpm"], *flags]
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run(
-            [sys.executable, *launch, "driver.py", *[str(flag) for flag in flags]], cwd=tmp_path,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return done.returncode, done.stdout
-
-    return torchrun
+def torchrun(folder, *flags):
+    """ddpm.py in two processes, into folder/out: its exit status and what it printed."""
+    (folder / "driver.py").write_text(DRIVER)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 driver.py".split()
+    flags = ["--out_dir", folder / "out", "--log_every", 2, *flags]
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, flags)], cwd=folder, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100)
+    return done.returncode, done.stdout
 
 
-def test_processes_share_a_step_and_end_with_the_same_weights(run, torchrun, images, tmp_path):
+def test_processes_share_a_step_and_end_with_the_same_weights(run, images, tmp_path):
     out, (faces, _) = tmp_path / "out", data.load(str(images), 16)
-    status, printed = torchrun(out, "--max_steps", 1, "--ema", 0, "--epochs", 2, "--seed", 3)
+    tiny = ["--data", images, *TINY["ddpm"], "--sample_every", 0]
+    status, printed = torchrun(tmp_path, *tiny, "--max_steps", 1, "--epochs", 2, "--seed", 3)
     assert status == 0, printed
 
     # the first step is that of one process with both halves of the batch and of the noise
@@ -69,7 +50,6 @@ def test_processes_share_a_step_and_end_with_the_same_weights(run, torchrun, ima
     whole, noise = data.Batches(faces, None, 8, seed=3)(0)[0], []
     for rank in range(2):
         x_0 = whole[4 * rank:4 * rank + 4].to(memory_format=torch.channels_last)
-        assert torch.load(tmp_path / f"process{rank}")["x"][0].equal(x_0)
         torch.manual_seed((3 * 10**7 + 1) * 2 + rank)
         t = torch.randint(1, 31, (4,))
         noise.append(torch.randn_like(x_0))
@@ -81,20 +61,20 @@ def test_processes_share_a_step_and_end_with_the_same_weights(run, torchrun, ima
         torch.testing.assert_close(moments[i]["exp_avg"], weight.grad * 0.1, rtol=1e-4, atol=1e-6)
 
     # both go on from there, draw, and end alike; one process goes on from them
-    status, printed = torchrun(out, "--resume", "--max_steps", 7, "--sample_every", 1, "--flip")
+    flags = ["--max_steps", 7, "--sample_every", 1, "--flip"]
+    status, printed = torchrun(tmp_path, "--resume", *flags)
     assert status == 0, printed
-    weights = [torch.load(tmp_path / f"process{rank}")["weights"] for rank in range(2)]
-    saved = checkpoint(out)
-    names = [name for name, _ in net.named_parameters()]
-    for name, one, other in zip(names, *weights, strict=True):
-        assert one.equal(other) and saved["net"][name].equal(one)
+    weights = [torch.load(tmp_path / f"process{rank}") for rank in range(2)]
+    saved = checkpoint(out)["net"].values()
+    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(*weights, saved, strict=True))
     assert [row[0] for row in log_rows(out)] == ["step", "1", "2", "4", "6", "7"]
     assert (out / "samples" / "epoch_0002.png").exists()
     run("ddpm", out, "--resume", "--max_steps", 9)
     assert checkpoint(out)["step"] == 9
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(torchrun, tmp_path):
-    status, printed = torchrun(tmp_path / "out", "--batch_size", 3)
+def test_a_batch_that_cannot_be_shared_is_refused(images, tmp_path):
+    flags = ["--data", images, "--image_size", 16, "--batch_size", 3]
+    status, printed = torchrun(tmp_path, *flags)
     assert status != 0 and "error: " in printed and "multiple of 2" in printed
     assert not (tmp_path / "out").exists()
