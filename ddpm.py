@@ -12,7 +12,7 @@ image. With its predictions, pure noise is turned back into an image.
     torchrun --nproc_per_node=4 ddpm.py --batch_size 512 --out_dir out/four # on four of them
     python ddpm.py --init_from google/ddpm-cifar10-32 --sample 64 --out_dir out/cifar10
 
-Measured: 10 epochs with --conditional; a classifier recognizes all of 1,000 samples (guidance 2).
+Measured: after 4 epochs of MNIST, tests/classify.py recognizes 84 % of 192 samples in 50 steps.
 """
 import argparse
 import copy
@@ -291,6 +291,7 @@ def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
     """
     a = alpha_bar.tolist()
     log_snr = (alpha_bar / (1 - alpha_bar)).log().tolist()
+    # even: on digits, steps even in log SNR or quadratic in t were not better (10, 20 and 50 steps)
     times = torch.linspace(len(a) - 1, 0, num_steps + 1).round().int().tolist()
     t_before, x_0_before = None, None
     yield x
