@@ -11,7 +11,7 @@ the original GAN of Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661.
     python cgan.py --sample 8 --label 2,0,2,6     # these in turn; without --label, all classes
     python cgan.py --data path/to/folders         # your own: one folder of images for each class
 
-Measured: 50 epochs, 8 minutes on 2 CPU cores; a classifier recognizes 99.5 % of 10,000 samples.
+Measured: after 20 epochs, tests/classify.py recognizes 98.4 % of 1,000 samples as requested.
 """
 import argparse
 import copy
