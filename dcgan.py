@@ -38,6 +38,7 @@ BETA1 = 0.5             # Adam's beta1, the decay of its mean gradient; beta2 is
 LATENT = 100            # length of z, the random vector that G turns into an image
 WIDTH = 64              # channels next to the image; doubled with each layer, up to 8 * WIDTH
 EMA = 0.999             # decay of the averaged G that draws the samples; 0 = no averaging
+DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 SEED = 0                # decides initial weights, noise and the order of images
 run_keys = [key for key, value in globals().items()  # the constants above this line
             if key.isupper() and isinstance(value, (int, float, str, list))]
@@ -48,7 +49,6 @@ DATA_DIR = "data"       # where the named sets are found, downloaded and cached
 OUT_DIR = "out/dcgan"   # the folder of the run
 MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = no limit
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
-DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
 LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
 SAVE_EVERY = 60         # seconds between two checkpoints
@@ -122,7 +122,7 @@ def init_weights(layer):
 
 
 def train_step(G, D, opt_G, opt_D, x, z, autocast):
-    """Update D, then G, on the same generated images (Algorithm 1 with k = 1).
+    """Update D, then G (Algorithm 1 with k = 1, but both on the same generated images).
 
     x: real images (B, C, H, W) in [-1, 1]; z: noise (B, latent)
     Both losses are binary cross-entropy. With D = sigmoid(logit), -log D = softplus(-logit) and
@@ -287,7 +287,8 @@ def train(out, ckpt=None):
             data.save_curves(rows, out / "loss.png")
             data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
-    print(f"step {step} of {EPOCHS * len(batches)} is done; go on with --resume --epochs N")
+    print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume --out_dir {out}, "
+          "with a larger --epochs after the last step")
     if FID:
         samples = generate(ema, FID, SEED, device)
         print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")

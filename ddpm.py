@@ -47,6 +47,7 @@ BLOCKS = 1              # residual blocks in each level on the way down; one mor
 ATTENTION = 7           # levels of at most this size have attention; the middle always has it
 CONDITIONAL = False     # give the labels to the network
 EMA = 0.999             # decay of the averaged weights that draw the samples; 0 = no averaging
+DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 SEED = 0                # decides initial weights, noise and the order of images
 INIT_FROM = ""          # start from public weights: a Hugging Face repository, a folder or a file
 run_keys = [key for key, value in globals().items()  # the constants above this line
@@ -58,7 +59,6 @@ DATA_DIR = "data"       # where the named sets are found, downloaded and cached
 OUT_DIR = "out/ddpm"    # the folder of the run
 MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = no limit
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
-DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
 LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
 SAVE_EVERY = 60         # seconds between two checkpoints
@@ -533,7 +533,8 @@ def train(out, ckpt=None, pretrained=None):
             data.save_curves(rows, out / "loss.png")
 
     if rank == 0:
-        print(f"step {step} of {EPOCHS * len(batches)} is done; go on with --resume --epochs N")
+        print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume "
+              f"--out_dir {out}, with a larger --epochs after the last step")
     if FID and rank == 0:
         samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
         print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")

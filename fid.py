@@ -171,8 +171,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def compare(samples, images, num, seed, inception):
     """FID of uint8 batches of samples against `num` random images of a tensor (N, C, H, W)."""
-    images = images[random_order(len(images), seed)[:num]]
-    return frechet_distance(*statistics(samples, inception), *statistics(images, inception))
+    parts = random_order(len(images), seed)[:num].split(64)
+    real = statistics((images[part] for part in parts), inception)
+    return frechet_distance(*statistics(samples, inception), *real)
 
 
 def random_order(total, seed):
