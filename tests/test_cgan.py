@@ -25,7 +25,7 @@ def test_shapes_and_where_the_label_enters(shape, classes):
 def test_training_is_that_of_a_plain_loop(run, tmp_path):
     """Three steps by the script, in two parts."""
     run("cgan", tmp_path, "--conditional", "--batch_size", 16, "--width", 32, "--limit", 640,
-        "--seed", 5, "--max_steps", 2, "--ema", 0.2, data="toy-digits")
+        "--seed", 5, "--max_steps", 2, "--ema", 0.9, data="toy-digits")
     run("cgan", tmp_path, "--resume", "--max_steps", 3)
     batches = data.Batches(*data.load("toy-digits", 16, limit=640), 16, 5)
     torch.manual_seed(5)

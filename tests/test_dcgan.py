@@ -32,7 +32,7 @@ def test_number_and_initial_values_of_weights():
 
 
 def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
-    """Three steps of Algorithm 1, written plainly from the same start with --ema 0.2, give it."""
+    """Three steps of Algorithm 1, written plainly from the same start with --ema 0.9, give it."""
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), lr, (beta1, 0.999)) for net in (G, D)]
     bce = nn.BCEWithLogitsLoss()
     ema, rows = copy.deepcopy(G.state_dict()), []
@@ -51,7 +51,7 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
         loss_G = bce(D(fake, *y), ones)
         loss_G.backward()
         opt_G.step()
-        decay = min(0.2, step / (step + 9))
+        decay = min(0.9, step / (step + 9))
         for key, value in G.state_dict().items():
             if value.is_floating_point():  # BatchNorm's statistics among them
                 ema[key] = decay * ema[key] + (1 - decay) * value
@@ -66,7 +66,7 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
 
 def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
     run("dcgan", tmp_path, "--max_steps", 3, "--lr", 1e-3, "--beta1", 0.75, "--seed", 3,
-        "--ema", 0.2)
+        "--ema", 0.9)
     batches = data.Batches(data.load(str(images), 16)[0], None, 8, 3, flip=True)
     torch.manual_seed(3)
     G, D = dcgan.Generator(16, 3, 8, 4), dcgan.Discriminator(16, 3, 4)

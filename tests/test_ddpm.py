@@ -150,7 +150,7 @@ def test_a_step_trains_every_t_and_leaves_out_a_tenth_of_the_labels():
 
 def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
     """Three steps by the script end where Algorithm 1, written plainly, ends."""
-    run("ddpm", tmp_path, "--max_steps", 3, "--lr", 1e-2, "--seed", 3, "--ema", 0.2)
+    run("ddpm", tmp_path, "--max_steps", 3, "--lr", 1e-2, "--seed", 3, "--ema", 0.9)
     torch.manual_seed(3)
     net = ddpm.UNet((3, 16, 16), 16, (1, 2), 1, 8).to(memory_format=torch.channels_last)
     opt, ema = torch.optim.Adam(net.parameters(), 0), copy.deepcopy(net.state_dict())
@@ -169,7 +169,7 @@ def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
         cosine = (1 + math.cos(math.pi * (step - 1) / 60)) / 2
         opt.param_groups[0]["lr"] = 1e-2 * step / 200 * cosine
         opt.step()
-        decay = min(0.2, step / (step + 9))
+        decay = min(0.9, step / (step + 9))
         ema = {key: decay * ema[key] + (1 - decay) * p for key, p in net.state_dict().items()}
         losses += error.detach().square().mean((1, 2, 3)).tolist()
         times += t.tolist()

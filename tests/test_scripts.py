@@ -204,6 +204,16 @@ def test_a_resume_counts_totals_and_its_flags_win(script, run, tmp_path, capsys)
 
 
 @each
+def test_ema_limits_the_decay(script, run, tmp_path):
+    """With --ema 0 the average is the last network."""
+    run(script, tmp_path, "--max_steps", 2, "--ema", 0)
+    ckpt = checkpoint(tmp_path)
+    last = ckpt["net" if script == "ddpm" else "G"]
+    assert all(torch.allclose(value, last[key]) for key, value in ckpt["ema"].items()
+               if value.is_floating_point())
+
+
+@each
 def test_kill_9_leaves_a_checkpoint_that_loads(script, run, images, tmp_path):
     flags = "--log_every 1 --save_every 0 --sample_every 0 --epochs 1000000".split()
     command = [sys.executable, ROOT / f"{script}.py", "--data", images, "--out_dir", tmp_path]
