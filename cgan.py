@@ -44,7 +44,7 @@ EMA = 0.999             # decay of the averaged G that draws the samples; 0 = no
 DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that support it
 SEED = 0                # decides initial weights, noise and the order of images
 run_keys = [key for key, value in globals().items()  # the constants above this line
-            if key.isupper() and isinstance(value, (int, float, str, list))]
+            if key.isupper() and isinstance(value, (int, float, str))]
 
 # ---- settings of this call
 
@@ -56,7 +56,7 @@ COMPILE = True          # use torch.compile, on CUDA where Triton is installed
 LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
 SAVE_EVERY = 60         # seconds between two checkpoints
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
-FID = 0                 # after training, FID of N samples against N images; 0 = none
+FID = 0                 # after training, FID of N samples against N images, or all; 0 = none
 RESUME = False          # continue the run in OUT_DIR with its own settings
 SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
 LABEL = ""              # classes to draw, in turn: 7, or 2,0,2,6; empty = all classes
@@ -166,25 +166,13 @@ def generate(G, labels, num, seed, device):
 
 def pick_device():
     """The device, and autocast in the precision that the flags ask for."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if DEVICE != "auto":
-        device = torch.device(DEVICE)
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(best if DEVICE == "auto" else DEVICE)
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bfloat16 = dict(auto=auto, bfloat16=True, float32=False)
     if DTYPE not in bfloat16:
         sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16[DTYPE])
-
-
-def load_checkpoint(path):
-    """The checkpoint of a run of this script. Exits if there is none."""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt["script"] == "cgan", "another script's"
-    except Exception as error:  # torch.load raises many types on a damaged file
-        sys.exit(f"error: {path} is no checkpoint of cgan.py ({error!r:.80}): train first, "
-                 "or give the --out_dir of a run")
-    return ckpt
 
 
 def pick_labels(classes):
@@ -197,7 +185,7 @@ def pick_labels(classes):
     return torch.tensor([int(label) for label in labels])
 
 
-def check_fixed(ckpt, **fixed):
+def check_fixed(ckpt, fixed):
     """Exit if one of these values, which must stay as they are, differs from the checkpoint's."""
     for key, value in fixed.items():
         if value != ckpt["fixed"][key]:
@@ -211,8 +199,6 @@ def train(out, ckpt=None):
 
     import data
 
-    if not ckpt and (out / "ckpt.pt").exists():
-        sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
     device, autocast = pick_device()
     images, labels = data.load(DATA, IMAGE_SIZE, DATA_DIR, LIMIT)
     if CONDITIONAL and labels is None:
@@ -220,11 +206,6 @@ def train(out, ckpt=None):
     classes = int(labels.max()) + 1 if CONDITIONAL else 0
     batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device)
     sample_labels = pick_labels(classes)
-    if FID > len(images):
-        sys.exit(f"error: --fid {FID} needs as many images; there are {len(images)}")
-    if FID:
-        import fid
-        inception = fid.Inception().to(device)  # before training, in case its weights are missing
 
     torch.manual_seed(SEED)
     shape = list(images.shape[1:])
@@ -235,23 +216,21 @@ def train(out, ckpt=None):
                     for net in (G, D)]
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
     fixed = dict(shape=shape, classes=classes, conditional=CONDITIONAL, latent=LATENT, width=WIDTH,
-                 seed=SEED, batch_size=BATCH_SIZE, images=len(images),
-                 steps_per_epoch=len(batches))
-    step, rows = 0, []
+                 seed=SEED, batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
+    step, rows, began = 0, [], time.time()
     if ckpt:
-        check_fixed(ckpt, **fixed)
+        check_fixed(ckpt, fixed)
         step, rows = ckpt["step"], ckpt["rows"]
+        began -= rows[-1]["time"]
         for name, part in parts.items():
-            if name.startswith("opt"):  # learning rate and betas are those of the settings
-                ckpt[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(ckpt[name])
+        for opt in (opt_G, opt_D):  # a flag given now has priority
+            opt.param_groups[0].update(lr=LR, betas=(BETA1, 0.999))
     if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
         G.compile()
         D.compile()
 
-    out.mkdir(parents=True, exist_ok=True)
     total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
-    began = time.time() - (rows[-1]["time"] if rows else 0)
     saved, recent = 0, []  # when the last checkpoint was saved; statistics since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total)
     for step in bar:
@@ -290,8 +269,9 @@ def train(out, ckpt=None):
     print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume --out_dir {out}, "
           "with a larger --epochs after the last step")
     if FID:
+        import fid
         samples = generate(ema, sample_labels, FID, SEED, device)
-        print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
+        print(f"FID {fid.compare(samples, images, FID, SEED, device):.4f} of {FID} samples")
 
 
 def write_samples(out, ckpt):
@@ -300,7 +280,7 @@ def write_samples(out, ckpt):
 
     device, _ = pick_device()
     shape, classes = [ckpt["fixed"]["shape"][0], IMAGE_SIZE, IMAGE_SIZE], ckpt["fixed"]["classes"]
-    check_fixed(ckpt, shape=shape, conditional=CONDITIONAL, latent=LATENT, width=WIDTH)
+    check_fixed(ckpt, dict(shape=shape, conditional=CONDITIONAL, latent=LATENT, width=WIDTH))
     labels = pick_labels(classes)
     G = Generator(shape, classes, LATENT, WIDTH).to(device).eval()
     G.load_state_dict(ckpt["ema"])
@@ -310,18 +290,15 @@ def write_samples(out, ckpt):
 def parse_flags():
     """The flags that were given, like {"LR": 1e-4}. A constant's comment is its flag's help."""
     source = Path(__file__).read_text("utf-8")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    hide = argparse.SUPPRESS  # no usage line; flags that are not given are left out
+    parser = argparse.ArgumentParser(usage=hide, argument_default=hide)
     for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
         default = globals()[key]
         kind = dict(type=type(default))
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, list):
-            kind = dict(type=type(default[0]), nargs="+")
         text = f"{comment} (default: {default})".replace("%", "%%")
-        parser.add_argument(f"--{key.lower()}", dest=key, help=text, **kind)
+        parser.add_argument("--" + key.lower(), dest=key, help=text, **kind)
     flags = vars(parser.parse_args())
     for key, value in flags.items():
         if isinstance(value, (int, float)) and value < 0:
@@ -336,18 +313,22 @@ if __name__ == "__main__":
         sys.exit("error: cgan.py runs in one process: start it without torchrun")
     flags = parse_flags()
     globals().update(flags)
-    out = Path(OUT_DIR).expanduser()
-    ckpt = load_checkpoint(out / "ckpt.pt") if RESUME or SAMPLE else None
-    if ckpt:  # a run keeps its settings, except where a flag is given now
-        for key in run_keys:
-            value = ckpt["settings"].get(key, globals()[key])
+    out, ckpt = Path(OUT_DIR).expanduser(), None
+    if RESUME or SAMPLE:
+        try:
+            ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+            assert ckpt["script"] == "cgan", "another script's"
+        except Exception as error:  # torch.load raises many types on a damaged file
+            sys.exit(f"error: {out} has no checkpoint of cgan.py ({error!r:.80}): train first")
+        for key, value in ckpt["settings"].items():  # the run's, except where a flag is given now
             if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
+    elif (out / "ckpt.pt").exists():
+        sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
     try:
         write_samples(out, ckpt) if SAMPLE else train(out, ckpt)
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint"
-                 if (out / "ckpt.pt").exists() else "stopped before the first checkpoint")
+        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint")

@@ -29,7 +29,6 @@ CELEBA_URLS = (
 )
 CELEBA_MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
 NAMED = ("celeba", "mnist", "toy-faces", "toy-digits")
-TOY_COUNT = 10_000  # images in a toy set
 
 
 class Error(Exception):
@@ -47,20 +46,24 @@ def load(name, size, data_dir="data", limit=0):
     limit: take only so many images, evenly spaced over the set; 0 = all
     Raises Error if there is no such set or no image in it.
     """
-    data_dir, path = Path(data_dir).expanduser(), Path(name).expanduser()
+    data_dir, path, labels = Path(data_dir).expanduser(), Path(name).expanduser(), None
     if name not in NAMED and not (name and path.exists()):
         raise Error(f"no data {name}: give a folder, .zip, .npy or .npz, or {', '.join(NAMED)}")
     if size < 1:
         raise Error(f"images of {size} pixels: give 1 or more")
-    if name == "mnist":
+    if name == "celeba":
+        array, labels = load_files(find_celeba(data_dir / "celeba"), name, size, data_dir, limit)
+    elif name == "mnist":
         array, labels = load_mnist(data_dir)
-    elif name in NAMED and name != "celeba":
-        array, labels = draw_toys(name, size, limit)
-    elif name != "celeba" and path.suffix.lower() in (".npy", ".npz"):
-        array, labels = read_array(path), None
+    elif name == "toy-faces":
+        array = draw_toys(draw_face, size, limit)
+    elif name == "toy-digits":
+        array = draw_toys(draw_digit, size, limit)
+        labels = np.arange(len(array)) % 10
+    elif path.suffix.lower() in (".npy", ".npz"):
+        array = read_array(path)
     else:
-        path = find_celeba(data_dir / "celeba") if name == "celeba" else path
-        array, labels = load_files(path, Path(name).stem, size, data_dir, limit)
+        array, labels = load_files(path, path.stem, size, data_dir, limit)
     if 0 < limit < len(array):
         chosen = evenly_spaced(len(array), limit)
         array, labels = array[chosen], None if labels is None else labels[chosen]
@@ -94,9 +97,9 @@ def load_files(path, name, size, data_dir, limit=0):
         with replacing(contents) as tmp:
             tmp.write_text(json.dumps(dict(names=kept, channels=channels)))
     info = json.loads(contents.read_text())
-    array = np.memmap(cache, np.uint8, "c")  # c: writable in memory, as torch wants it
-    array = array.reshape(-1, size, size, 3)[..., :info["channels"]]
-    return array, folder_labels(info["names"])
+    shape = len(info["names"]), size, size, 3
+    array = np.memmap(cache, np.uint8, "c", shape=shape)  # c: writable in memory, for torch
+    return array[..., :info["channels"]], folder_labels(info["names"])
 
 
 def list_files(path):
@@ -107,15 +110,14 @@ def list_files(path):
     if path.is_dir():
         names, root, seen, errors = [], path.resolve(), set(), []
         for folder, subfolders, files in os.walk(root, onerror=errors.append, followlinks=True):
-            real = Path(folder).resolve()
-            related = root in (real, *real.parents) or real in root.parents
-            if real in seen or related and Path(folder).is_symlink():
-                subfolders.clear()  # a link into this set or around it, or a second one to a folder
-                continue
-            seen.add(real)
+            folder = Path(folder)
             subfolders.sort()
-            files = [Path(folder, file) for file in files]
-            names += [file.relative_to(root).as_posix() for file in files if file.is_file()]
+            if folder.resolve() in seen:
+                subfolders.clear()  # a link to a folder that was read before, or around this one
+                continue
+            seen.add(folder.resolve())
+            names += [(folder / file).relative_to(root).as_posix() for file in files
+                      if (folder / file).is_file()]
         if errors:
             raise Error(f"cannot read {path}: {errors[0]}")
     else:
@@ -124,8 +126,7 @@ def list_files(path):
         except (zipfile.BadZipFile, OSError) as error:
             raise Error(f"{path} is not a folder, .zip, .npy or .npz: {error}") from error
         names = {name for name in root.root.namelist() if not name.endswith("/")}
-    parts = {name: PurePosixPath(name).parts for name in names}
-    return sorted(name for name in names if not any(p.startswith(".") for p in parts[name])), root
+    return sorted(name for name in names if "/." not in "/" + name), root
 
 
 def fingerprint(path, names):
@@ -180,7 +181,7 @@ def decode_image(root, name, size=None):
 
 def report_skipped(skipped, total):
     """Print what could not be read, and why. Raises Error if nothing could."""
-    reasons = "; ".join(skipped[:5]) + "; ..." * (len(skipped) > 5)
+    reasons = "; ".join(skipped[:5])
     if len(skipped) == total:
         raise Error(f"no readable image among {total} files. {reasons}")
     if skipped:
@@ -256,59 +257,48 @@ def load_mnist(data_dir):
 
     try:
         digits = MNIST(str(data_dir), download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # offline, or damaged
+    except Exception as error:  # no network, or damaged files
         raise Error(f"cannot read MNIST ({error}): put its four files into "
                     f"{data_dir / 'MNIST' / 'raw'}, or try --data toy-digits") from error
     return digits.data.numpy()[..., None], digits.targets.numpy()
 
 
-def draw_toys(name, size, limit=0):
-    """A set that needs no download: drawn faces, or digits, of which number i shows i mod 10."""
-    numbers = tqdm(range(limit or TOY_COUNT), f"drawing {name}")
-    if name == "toy-faces":
-        return np.stack([draw_face(i, size) for i in numbers]), None
-    return np.stack([draw_digit(i, size) for i in numbers]), np.arange(len(numbers)) % 10
+def draw_toys(draw, size, limit):
+    """A set that needs no download: 10,000 pictures by one of the functions below, or `limit`."""
+    return np.stack([draw(number, size) for number in tqdm(range(limit or 10_000), "drawing")])
 
 
 def draw_digit(number, size):
-    """The digit number mod 10, of random place, form and brightness: uint8 (size, size, 1)."""
+    """The digit number mod 10, of random place, size and angle: uint8 (size, size, 1)."""
     rng = np.random.default_rng(number)
+    x, y, font_size, angle, ink = rng.integers((26, 28, 42, -25, 150), (39, 37, 59, 26, 256))
     image = Image.new("L", (64, 64))
-    ink = int(rng.integers(150, 256))
-    pen = ImageDraw.Draw(image)
-    pen.text((32, 32), str(number % 10), ink, ImageFont.load_default(48), "mm", stroke_width=1)
-    # pixel p of the result shows point matrix @ p + shift: turned, sheared and scaled
-    matrix = (np.eye(2) + rng.uniform(-0.25, 0.25, (2, 2))) * 52 / size
-    shift = 32 - matrix @ rng.uniform(0.45 * size, 0.55 * size, 2)
-    affine = np.column_stack([matrix, shift]).flatten()
-    image = image.transform(
-        (size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
-    return np.asarray(image)[..., None]
+    font = ImageFont.load_default(font_size)
+    ImageDraw.Draw(image).text((x, y), str(number % 10), int(ink), font, "mm", stroke_width=1)
+    image = image.rotate(angle, Image.Resampling.BICUBIC)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))[..., None]
 
 
 def draw_face(number, size):
     """A cartoon face of random shape and colours: uint8 (size, size, 3)."""
     rng = np.random.default_rng(number)
-    hue, dull, light, tone = rng.integers((0, 20, 25, 35), (360, 70, 75, 80))
-    w, h, gap, hair_length = rng.uniform((0.2, 0.29, 0.09, 0), (0.28, 0.35, 0.12, 0.4))
-    hair = f"hsl(35, {dull}%, {100 - light}%)"
+    hue, skin, light = rng.integers((0, 40, 10), (360, 80, 60))
+    w, h, gap = rng.uniform((0.2, 0.28, 0.09), (0.3, 0.36, 0.13))
+    hair = f"hsl(35, 50%, {light}%)"
     ellipses = [  # x, y, radius in x and y, colour; (0, 0) is the middle, 1 the picture's side
-        (0, 0.58, 0.42, 0.28, f"hsl({360 - hue}, {dull}%, {90 - light}%)"),
-        (0, hair_length, w + 0.07, h * 0.8, hair),
+        (0, 0.6, 0.42, 0.28, f"hsl({360 - hue}, 50%, {100 - light}%)"),
         (0, -0.05, w + 0.06, h + 0.06, hair),
-        (0, 0, w, h, f"hsl(25, {dull}%, {tone}%)"),
+        (0, 0, w, h, f"hsl(25, 50%, {skin}%)"),
         (0, 0.16, 0.09, 0.03, "brown"),
     ]
     for x in (-gap, gap):
         ellipses += [(x, -0.05, 0.06, 0.045, "white"), (x, -0.05, 0.03, 0.03, "navy")]
-    image = Image.new("RGB", (4 * size, 4 * size), f"hsl({hue}, {dull}%, {light}%)")
+    image = Image.new("RGB", (4 * size, 4 * size), f"hsl({hue}, 50%, {skin}%)")
     pen = ImageDraw.Draw(image)
     for x, y, rx, ry, colour in ellipses:
         box = np.array((x - rx, y - ry, x + rx, y + ry)) + 0.5
         pen.ellipse((4 * size * box).tolist(), colour)
-    pixels = np.asarray(image.reduce(4))  # drawn at four times the size, for smooth edges
-    shadow = np.linspace(*rng.uniform(0.6, 1.2, 2), size)[:, None]
-    return (pixels * shadow).clip(0, 255).astype(np.uint8)
+    return np.asarray(image.reduce(4))  # drawn at four times the size, for smooth edges
 
 
 # ---- batches
@@ -414,11 +404,9 @@ def save_curves(rows, path):
     """Plot the columns of the log, apart from epoch and time, over steps."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    if not rows:
-        return
     figure = Figure(layout="tight")
     ax = figure.subplots()
-    for name in list(rows[0])[3:]:
+    for name in list(rows[0])[3:] if rows else []:
         ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
     ax.set(xlabel="step", yscale="log")
     figure.legend()
@@ -426,16 +414,14 @@ def save_curves(rows, path):
 
 
 def save_histograms(path, **panels):
-    """Plot distributions. Panels: title=(real, generated), values in [0, 1] or in [-1, 1]."""
+    """Plot distributions. Panels: title=(tensor of real images, tensor of generated ones)."""
     from matplotlib.figure import Figure
 
+    path.parent.mkdir(exist_ok=True)
     figure = Figure((5 * len(panels), 3.2), layout="tight")
     for ax, (title, tensors) in zip(figure.subplots(1, len(panels)), panels.items()):
         values = [x.detach().float().flatten().cpu() for x in tensors]
-        low = -1 if min(x.min() for x in values) < 0 else 0
-        ax.hist(values, bins=np.linspace(low, 1, 31), density=True, histtype="step",
-                label=["real", "generated"])
+        ax.hist(values, bins=30, density=True, histtype="step", label=["real", "generated"])
         ax.set(title=title, xlabel="value", ylabel="density")
         ax.legend()
-    path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

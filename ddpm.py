@@ -51,7 +51,7 @@ DTYPE = "auto"          # bfloat16 or float32; auto = bfloat16 on GPUs that supp
 SEED = 0                # decides initial weights, noise and the order of images
 INIT_FROM = ""          # start from public weights: a Hugging Face repository, a folder or a file
 run_keys = [key for key, value in globals().items()  # the constants above this line
-            if key.isupper() and isinstance(value, (int, float, str, list, tuple))]
+            if key.isupper() and isinstance(value, (int, float, str, list))]
 
 # ---- settings of this call
 
@@ -63,7 +63,7 @@ COMPILE = True          # use torch.compile, on CUDA where Triton is installed
 LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
 SAVE_EVERY = 60         # seconds between two checkpoints
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
-FID = 0                 # after training, FID of N samples against N images; 0 = none
+FID = 0                 # after training, FID of N samples against N images, or all; 0 = none
 RESUME = False          # continue the run in OUT_DIR with its own settings
 SAMPLE = 0              # write N images to OUT_DIR/generated instead of training
 LABEL = ""              # classes to draw, in turn: 7, or 2,0,2,6; empty = all classes
@@ -297,14 +297,14 @@ def sample(net, x, alpha_bar, num_steps=100, eta=1.0, order=2):
     yield x
     for t, s in zip(times, times[1:]):
         eps = net(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
-        x_0 = (x - (1 - a[t])**0.5 * eps) / a[t]**0.5                   # eq. 15
-        D = x_0 = x_0.clamp(-1, 1)
+        x_0 = ((x - (1 - a[t])**0.5 * eps) / a[t]**0.5).clamp(-1, 1)    # eq. 15
+        estimate = x_0
         if order == 2 and t_before and s > 0:
-            # D is x_0 at the middle of the step, on the line through the last two over log SNR
+            # x_0 at the middle of the step, on the line through the last two over log SNR
             h, h_before = log_snr[s] - log_snr[t], log_snr[t] - log_snr[t_before]
-            D = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
+            estimate = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
         t_before, x_0_before = t, x_0
-        x, variance = ddim_step(x, D, a[t], a[s], eta)
+        x, variance = ddim_step(x, estimate, a[t], a[s], eta)
         if variance > 0:
             x = x + variance**0.5 * torch.randn(x.shape, dtype=x.dtype, device=x.device)
         yield x
@@ -319,54 +319,38 @@ def to_uint8(x):
 
 
 def check_settings():
-    """Exit if a setting would fail late, or silently give wrong images."""
+    """Exit if a setting would silently give wrong images."""
     multiple = 2 ** (len(MULTS) - 1)
     if IMAGE_SIZE % multiple or CHANNELS % 16:
         sys.exit(f"error: {len(MULTS)} levels need a multiple of {multiple} as --image_size, and "
                  "GroupNorm a multiple of 16 as --channels")
     if SAMPLE_STEPS < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
         sys.exit("error: give --sample_steps of 1 or more, --order 1 or 2, --eta from 0 to 1")
-    if not CONDITIONAL and (LABEL or GUIDANCE != 1):
-        sys.exit("error: --label and --guidance need a network that was trained with --conditional")
+    if GUIDANCE != 1 and not CONDITIONAL:
+        sys.exit("error: --guidance needs a network that was trained with --conditional")
     if CONDITIONAL and INIT_FROM:
         sys.exit("error: --init_from takes networks without labels: leave out --conditional")
-    try:
-        make_alpha_bar(SCHEDULE, TIMESTEPS)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if DTYPE not in ("auto", "bfloat16", "float32"):
-        sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
 
 
 def pick_device():
     """The device, the memory layout of images, and autocast in the precision of the flags."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if DEVICE != "auto":
-        device = torch.device(DEVICE)
-    elif device.type == "mps" and "RANK" in os.environ:
-        device = torch.device("cpu")  # gloo, the link between processes, does not know MPS
-    bfloat16 = DTYPE == "bfloat16"
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if "RANK" in os.environ and not torch.cuda.is_available():
+        best = "cpu"  # gloo, the link between processes, does not know MPS
+    device = torch.device(best if DEVICE == "auto" else DEVICE)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each process
-        bfloat16 |= DTYPE == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bfloat16 = dict(auto=auto, bfloat16=True, float32=False)
+    if DTYPE not in bfloat16:
+        sys.exit(f"error: --dtype {DTYPE}: give bfloat16, float32 or auto")
     # channels last is faster, but not for GroupNorm in bfloat16 on a CPU, and MPS has bugs with it
-    slow = device.type == "mps" or device.type == "cpu" and bfloat16
+    slow = device.type == "mps" or device.type == "cpu" and bfloat16[DTYPE]
     layout = torch.contiguous_format if slow else torch.channels_last
-    return device, layout, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    return device, layout, torch.autocast(device.type, torch.bfloat16, enabled=bfloat16[DTYPE])
 
 
-def load_checkpoint(path):
-    """The checkpoint of a run of this script. Exits if there is none."""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt["script"] == "ddpm", "another script's"
-    except Exception as error:  # torch.load raises many types on a damaged file
-        sys.exit(f"error: {path} is no checkpoint of ddpm.py ({error!r:.80}): train first, "
-                 "or give the --out_dir of a run")
-    return ckpt
-
-
-def check_fixed(ckpt, **fixed):
+def check_fixed(ckpt, fixed):
     """Exit if one of these values, which must stay as they are, differs from the checkpoint's."""
     for key, value in fixed.items():
         if value != ckpt["fixed"][key]:
@@ -384,28 +368,21 @@ def pick_labels(classes):
     return torch.tensor([int(label) for label in labels])
 
 
-def draw_batch(i, net, alpha_bar, labels, device, autocast):
-    """Batch i of the samples, uint8 (B, C, H, W), and a list of x_T, ..., x_0 of its first eight.
-    SEED, i and BATCH_SIZE decide its noise."""
+def generate(num, net, alpha_bar, labels, device, autocast):
+    """Yield `num` samples in batches: the images, uint8 (B, C, H, W), and a list of x_T, ..., x_0
+    of the first eight. SEED, i and BATCH_SIZE decide the noise of batch i."""
     size = min(64, BATCH_SIZE)
-    torch.manual_seed((SEED + 1) * 10**7 - 1 - i)  # never the seed of a training step
-    x_T = torch.randn(size, *net.shape, device=device)
-    y = labels[torch.arange(size * i, size * i + size) % len(labels)].to(device)
-    predict = functools.partial(predict_eps, net, y=y, guidance=GUIDANCE)
     num_steps = min(SAMPLE_STEPS, len(alpha_bar) - 1)
-    states = []
-    with autocast:
-        for x in sample(predict, x_T, alpha_bar, num_steps, ETA, ORDER):
-            states.append(to_uint8(x[:8]))
-    return to_uint8(x), states
-
-
-def generate(num, *args):
-    """Yield `num` samples as uint8 batches (B, C, H, W). args: all of draw_batch() but i"""
-    size = min(64, BATCH_SIZE)
     for i in range(math.ceil(num / size)):
-        images, _ = draw_batch(i, *args)
-        yield images[:num - size * i]
+        torch.manual_seed((SEED + 1) * 10**7 - 1 - i)  # never the seed of a training step
+        x_T = torch.randn(size, *net.shape, device=device)
+        y = labels[torch.arange(size * i, size * i + size) % len(labels)].to(device)
+        predict = functools.partial(predict_eps, net, y=y, guidance=GUIDANCE)
+        states = []
+        with autocast:
+            for x in sample(predict, x_T, alpha_bar, num_steps, ETA, ORDER):
+                states.append(to_uint8(x[:8]))
+        yield to_uint8(x)[:num - size * i], states
 
 
 def learning_rate(step, total):
@@ -413,18 +390,10 @@ def learning_rate(step, total):
     return LR * min(1, step / 200) * (1 + math.cos(math.pi * (step - 1) / total)) / 2
 
 
-def make_network(channels, classes):
-    """The U-Net of the settings, for images with so many channels, and its alpha_bar."""
-    shape = [channels, IMAGE_SIZE, IMAGE_SIZE]
-    net = UNet(shape, CHANNELS, MULTS, BLOCKS, ATTENTION, classes)
-    return net, make_alpha_bar(SCHEDULE, TIMESTEPS)
-
-
-def fixed_settings(net):
-    """What must be equal when the checkpoint of a network is loaded."""
-    return dict(shape=list(net.shape), classes=net.classes, channels=CHANNELS, mults=list(MULTS),
-                blocks=BLOCKS, attention=ATTENTION, timesteps=TIMESTEPS, schedule=SCHEDULE,
-                init_from=INIT_FROM)
+def network_settings(channels, classes):
+    """The arguments of UNet, for images with so many channels."""
+    return dict(shape=[channels, IMAGE_SIZE, IMAGE_SIZE], channels=CHANNELS, mults=MULTS,
+                blocks=BLOCKS, attention=ATTENTION, classes=classes)
 
 
 def train(out, ckpt=None, pretrained=None):
@@ -438,8 +407,6 @@ def train(out, ckpt=None, pretrained=None):
     import data
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not ckpt and (out / "ckpt.pt").exists():
-        sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
     device, layout, autocast = pick_device()
     if world > 1:
         # a long timeout: at the end the others wait while process 0 computes the FID
@@ -453,44 +420,35 @@ def train(out, ckpt=None, pretrained=None):
         sys.exit(f"error: {DATA} has no labels: leave out --conditional")
     labels = labels if CONDITIONAL else None
     classes = int(labels.max()) + 1 if CONDITIONAL else 0
+    sample_labels = pick_labels(classes)
     batches = data.Batches(images, labels, BATCH_SIZE, SEED, FLIP, device, layout, rank, world)
-    if FID > len(images):
-        sys.exit(f"error: --fid {FID} needs as many images; there are {len(images)}")
-    if FID and rank == 0:
-        import fid
-        inception = fid.Inception().to(device)  # before training, in case its weights are missing
 
     torch.manual_seed(SEED)
-    net, alpha_bar = pretrained or make_network(images.shape[1], classes)
-    if net.shape[0] != images.shape[1]:
-        sys.exit(f"error: images of {DATA} have {images.shape[1]} channels, {INIT_FROM} is for "
-                 f"{net.shape[0]}")
+    settings = network_settings(images.shape[1], classes)
+    net, alpha_bar = pretrained or (UNet(**settings), make_alpha_bar(SCHEDULE, TIMESTEPS))
     net.to(device, memory_format=layout).train()
     ema = copy.deepcopy(net).eval()
     opt = torch.optim.Adam(net.parameters(), LR, fused=True)
     parts = dict(net=net, ema=ema, opt=opt)
-    fixed = dict(fixed_settings(net), seed=SEED, batch_size=BATCH_SIZE, images=len(images),
-                 steps_per_epoch=len(batches))
-    step, rows = 0, []
+    fixed = dict(settings, timesteps=TIMESTEPS, schedule=SCHEDULE, init_from=INIT_FROM, seed=SEED,
+                 batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
+    step, rows, began = 0, [], time.time()
     if ckpt:
-        check_fixed(ckpt, **fixed)
+        check_fixed(ckpt, fixed)
         step, rows = ckpt["step"], ckpt["rows"]
+        began -= rows[-1]["time"]
         for name, part in parts.items():
-            if name.startswith("opt"):  # learning rate and betas are those of the settings
-                ckpt[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(ckpt[name])
         for weight, state in opt.state.items():
             for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
                 state[key] = torch.empty_like(weight).copy_(state[key])
-    sample_labels = pick_labels(classes)
     scales = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
     if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
 
     total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
-    began = time.time() - (rows[-1]["time"] if rows else 0)
-    saved, recent = 0, []  # time of the last checkpoint; losses since the last row
+    saved, recent = 0, []  # when the last checkpoint was saved; losses since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
     for step in bar:
         x_0, y = batches(step - 1)
@@ -525,9 +483,10 @@ def train(out, ckpt=None, pretrained=None):
                     torch.save(ckpt, tmp)
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
-            samples, states = draw_batch(0, ema, alpha_bar, sample_labels, device, autocast)
-            name = f"epoch_{epoch:04}.png"
-            data.save_grid(samples, out / "samples" / name, len(sample_labels))
+            samples = generate(64, ema, alpha_bar, sample_labels, device, autocast)
+            grid, states = next(samples)
+            path = out / "samples" / f"epoch_{epoch:04}.png"
+            data.save_grid(grid, path, len(sample_labels))
             shown = torch.stack([states[i * (len(states) - 1) // 10] for i in range(11)], 1)
             data.save_grid(shown.flatten(0, 1), out / "denoise.png", columns=11)
             data.save_curves(rows, out / "loss.png")
@@ -535,9 +494,11 @@ def train(out, ckpt=None, pretrained=None):
     if rank == 0:
         print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume "
               f"--out_dir {out}, with a larger --epochs after the last step")
-    if FID and rank == 0:
-        samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
-        print(f"FID {fid.compare(samples, images, FID, SEED, inception):.4f} of {FID} samples")
+        if FID:
+            import fid
+            samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
+            score = fid.compare((batch for batch, _ in samples), images, FID, SEED, device)
+            print(f"FID {score:.4f} of {FID} samples")
     if world > 1:
         distributed.barrier()  # the others wait for process 0, which may still draw
         distributed.destroy_process_group()
@@ -550,34 +511,32 @@ def write_samples(out, ckpt=None, pretrained=None):
     if "RANK" in os.environ:
         sys.exit("error: --sample runs in one process: start it without torchrun")
     device, layout, autocast = pick_device()
-    fixed = ckpt["fixed"] if ckpt else {}
-    net, alpha_bar = pretrained or make_network(fixed["shape"][0], fixed["classes"])
+    net, alpha_bar = pretrained or (None, None)
     if ckpt:
-        check_fixed(ckpt, **fixed_settings(net))
+        settings = network_settings(ckpt["fixed"]["shape"][0], ckpt["fixed"]["classes"])
+        check_fixed(ckpt, dict(settings, timesteps=TIMESTEPS, schedule=SCHEDULE))
+        net, alpha_bar = net or UNet(**settings), ckpt["alpha_bar"]
         net.load_state_dict(ckpt["ema"])
-    elif (out / "ckpt.pt").exists():
-        sys.exit(f"error: {out} holds a run: leave out --init_from, or give another --out_dir")
-    labels = pick_labels(net.classes)
     net.to(device, memory_format=layout).eval()
+    labels = pick_labels(net.classes)
     samples = generate(SAMPLE, net, alpha_bar, labels, device, autocast)
-    data.save_samples(samples, SAMPLE, out, len(labels))
+    data.save_samples((batch for batch, _ in samples), SAMPLE, out, len(labels))
 
 
 def parse_flags():
     """The flags that were given, like {"LR": 1e-4}. A constant's comment is its flag's help."""
     source = Path(__file__).read_text("utf-8")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    hide = argparse.SUPPRESS  # no usage line; flags that are not given are left out
+    parser = argparse.ArgumentParser(usage=hide, argument_default=hide)
     for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
         default = globals()[key]
         kind = dict(type=type(default))
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, (list, tuple)):
-            kind = dict(type=type(default[0]), nargs="+")
+        elif isinstance(default, list):
+            kind = dict(type=int, nargs="+")
         text = f"{comment} (default: {default})".replace("%", "%%")
-        parser.add_argument(f"--{key.lower()}", dest=key, help=text, **kind)
+        parser.add_argument("--" + key.lower(), dest=key, help=text, **kind)
     flags = vars(parser.parse_args())
     for key, value in flags.items():
         if isinstance(value, (int, float)) and value < 0:
@@ -606,15 +565,12 @@ def load_pretrained(source):
     source: a Hugging Face repository or a folder with a UNet2DModel of diffusers and its scheduler;
         or a file, the diffusion.pt of DLStudio
     """
-    path = Path(source).expanduser()
+    source = os.path.expanduser(source)
     try:
-        return load_dlstudio(path) if path.is_file() else load_diffusers(source)
-    except ImportError as error:
-        sys.exit(f"error: no module {error.name}: pip install diffusers; for a file, "
-                 "pip install DLStudio pymsgbox torchmetrics")
+        return load_dlstudio(source) if os.path.isfile(source) else load_diffusers(source)
     except Exception as error:  # these packages raise many types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        sys.exit(f"error: cannot load --init_from {source}: {reason}")
+        sys.exit(f"error: cannot load --init_from {source}: {error!r:.500}. It needs pip install "
+                 "diffusers; for a file, pip install DLStudio pymsgbox torchmetrics")
 
 
 def load_dlstudio(path):
@@ -629,27 +585,24 @@ def load_dlstudio(path):
 def load_diffusers(source):
     from diffusers import DDPMScheduler, UNet2DModel
 
-    source = os.path.expanduser(source)
-    unet, scheduler = dict(subfolder="unet"), dict(subfolder="scheduler")
+    folders = "unet", "scheduler"
     try:
-        UNet2DModel.load_config(source, **unet)  # the folders that DDPMPipeline writes
+        UNet2DModel.load_config(source, subfolder="unet")  # as DDPMPipeline writes it
     except OSError:
-        unet = scheduler = {}  # one folder, as google/ddpm-cifar10-32
+        folders = None, None  # both in one folder, as in google/ddpm-cifar10-32
     net, info = UNet2DModel.from_pretrained(
-        source, low_cpu_mem_usage=False, output_loading_info=True, **unet)
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError("its weights do not fit its config.json")
-    if "beta_schedule" not in DDPMScheduler.load_config(source, **scheduler):
-        raise ValueError("its scheduler is not one of DDPM")
-    scheduler = DDPMScheduler.from_pretrained(source, **scheduler)
-    channels, size = net.config.in_channels, net.config.sample_size
-    with_labels = net.config.num_class_embeds or net.config.class_embed_type
-    if (with_labels or net.config.out_channels != channels or not isinstance(size, int)
+        source, subfolder=folders[0], low_cpu_mem_usage=False, output_loading_info=True)
+    scheduler = DDPMScheduler.from_pretrained(source, subfolder=folders[1])
+    config = net.config
+    if (info["missing_keys"] or info["unexpected_keys"] or config.num_class_embeds
+            or config.class_embed_type or config.in_channels != config.out_channels
+            or config.time_embedding_type != "positional"
             or scheduler.config.prediction_type != "epsilon"):
-        raise ValueError("it must predict eps, without labels and without learned variances, and "
-                         "state the size of its images")
+        raise ValueError("it must predict eps from t, without labels and without learned variances,"
+                         " and its weights must fit its config.json")
     alpha_bar = torch.cat([torch.ones(1), 1 - scheduler.betas]).double().cumprod(0)
-    return Pretrained(net, [channels, size, size]), alpha_bar
+    size = config.sample_size or IMAGE_SIZE
+    return Pretrained(net, [config.in_channels, size, size]), alpha_bar
 
 
 if __name__ == "__main__":
@@ -657,18 +610,21 @@ if __name__ == "__main__":
 
     flags = parse_flags()
     globals().update(flags)
-    out = Path(OUT_DIR).expanduser()
-    ckpt = None
+    out, ckpt, pretrained = Path(OUT_DIR).expanduser(), None, None
     if RESUME or SAMPLE and "INIT_FROM" not in flags:
-        ckpt = load_checkpoint(out / "ckpt.pt")
-        # a run keeps its settings, except where a flag is given now
-        for key in run_keys:
-            value = ckpt["settings"].get(key, globals()[key])
+        try:
+            ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+            assert ckpt["script"] == "ddpm", "another script's"
+        except Exception as error:  # torch.load raises many types on a damaged file
+            sys.exit(f"error: {out} has no checkpoint of ddpm.py ({error!r:.80}): train first")
+        for key, value in ckpt["settings"].items():  # the run's, except where a flag is given now
             if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
-    pretrained = load_pretrained(INIT_FROM) if INIT_FROM else None
-    if pretrained:
+    elif (out / "ckpt.pt").exists():
+        sys.exit(f"error: {out} holds a run: give --resume, or another --out_dir")
+    if INIT_FROM:
+        pretrained = load_pretrained(INIT_FROM)
         IMAGE_SIZE = pretrained[0].shape[1]
         print(f"IMAGE_SIZE = {IMAGE_SIZE}, as {INIT_FROM} has it")
     check_settings()
@@ -677,5 +633,4 @@ if __name__ == "__main__":
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint"
-                 if (out / "ckpt.pt").exists() else "stopped before the first checkpoint")
+        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint")

@@ -169,8 +169,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)  # rounding may leave -1e-10 for two equal sets
 
 
-def compare(samples, images, num, seed, inception):
+def compare(samples, images, num, seed, device):
     """FID of uint8 batches of samples against `num` random images of a tensor (N, C, H, W)."""
+    inception = Inception().to(device)
     parts = random_order(len(images), seed)[:num].split(64)
     real = statistics((images[part] for part in parts), inception)
     return frechet_distance(*statistics(samples, inception), *real)

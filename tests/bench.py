@@ -1,13 +1,11 @@
 """The speed of the scripts against what a user would run instead, side by side in one run.
 
     python tests/bench.py 2>log.txt             # all rows, some minutes
-    python tests/bench.py --rows cgan batches   # those with one of these words in their titles
-    python tests/bench.py --smallest            # to see that it works: its figures mean nothing
+    python tests/bench.py cgan batches   # those with one of these words in their titles
 
 Ours and theirs take turns. A row shows both medians, in images a second, and the ratio, its median
 and range: above 1, ours is faster. Theirs is what tutorials do: float32, eager mode, BCELoss on a
 sigmoid, .item() in each step, ImageFolder and DataLoader."""
-import argparse
 import os
 import subprocess
 import sys
@@ -40,8 +38,6 @@ COUNT = 4000                    # photos and digits
 FID_COUNT = 1000 if CUDA else 100
 BATCH = 128
 STEPS = 50 if CUDA else 5       # that are measured
-SAMPLES = 128 if CUDA else 16
-SMALLEST = dict(TURNS=1, COUNT=20, FID_COUNT=2, BATCH=2, STEPS=1, SAMPLES=1)
 
 
 def prepare():
@@ -136,47 +132,12 @@ def compare_training(script, source, steps, make_loop):
     return ours, theirs
 
 
-def compare_start():
-    flags = f"--data photos --batch_size {BATCH} --max_steps 1 --sample_every 0 --out_dir".split()
-    code = (f"import sys; sys.path.append({str(TESTS)!r}); import bench; bench.BATCH = {BATCH}; "
-            "next(bench.plain_gan(bench.dcgan, bench.make_loader('photos')))")
-    data.load("photos", 64)  # makes the cache
-    return (lambda: rate(1, lambda: python(dcgan.__file__, *flags, tempfile.mkdtemp(dir="."))),
-            lambda: rate(1, lambda: python("-c", code)))
-
-
-def compare_loading(number, work):
-    """work() reads that number of images; theirs is an epoch of the data loader."""
-    loader = make_loader("photos")
-    theirs = partial(rate, len(loader) * BATCH, lambda: [len(x.to(DEVICE)) for x, _ in loader])
-    return partial(rate, number, work), theirs
-
-
 def compare_batches():
+    """An epoch of ours, from the cache, and one of the data loader."""
     batches = data.Batches(data.load("photos", 64)[0], None, BATCH, flip=True, device=DEVICE)
-    total = len(batches)
-    return compare_loading(total * BATCH, lambda: [len(batches(i)[0]) for i in range(total)])
-
-
-def compare_sampling():
-    from diffusers import DDIMScheduler
-    net = ddpm.UNet().eval().to(DEVICE)
-    noise, alpha_bar = torch.randn(SAMPLES, 1, 28, 28), ddpm.make_alpha_bar("linear", 1000)
-    scheduler = DDIMScheduler(1000)
-    scheduler.set_timesteps(10)
-
-    @torch.no_grad()
-    def theirs():
-        x = noise.to(DEVICE)
-        for t in scheduler.timesteps:
-            x = scheduler.step(net(x, t.repeat(len(x)).to(DEVICE) + 1), t, x).prev_sample
-
-    def ours():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            list(ddpm.sample(net, noise.to(DEVICE), alpha_bar, 10, eta=0, order=1))
-
-    ours(), theirs()  # the first time takes longer
-    return partial(rate, SAMPLES, ours), partial(rate, SAMPLES, theirs)
+    total, loader = len(batches), make_loader("photos")
+    return (partial(rate, total * BATCH, lambda: [len(batches(i)[0]) for i in range(total)]),
+            partial(rate, total * BATCH, lambda: [len(x.to(DEVICE)) for x, _ in loader]))
 
 
 def compare_fid():
@@ -202,39 +163,28 @@ ROWS = {  # each returns two functions, for one figure of ours and one of theirs
         cgan, "mnist", 10 * STEPS, lambda: plain_gan(cgan, make_loader("mnist", 0))),
     "ddpm.py: training, digits": lambda: compare_training(
         ddpm, "mnist", STEPS, plain_ddpm),
-    "dcgan.py: starts of a run, up to its first step": compare_start,
     "batches of 64 px photos, from the cache": compare_batches,
-    "decoding 178x218 photos to 64 px, once": lambda: compare_loading(
-        COUNT, lambda: data.load("photos", 64, tempfile.mkdtemp(dir="."))),
-    "ddpm.py: digits sampled in 10 DDIM steps, against diffusers": compare_sampling,
     "fid.py: files to statistics, against pytorch-fid": compare_fid,
 }
 
 
 def measure(title):
     """The row's line of the table."""
-    try:
-        ours, theirs = ROWS[title]()
-        a, b = np.array([(ours(), theirs()) for _ in range(TURNS)]).T
-    except ModuleNotFoundError as error:
-        return f"| {title} | | | {error.name} is not installed |"
+    ours, theirs = ROWS[title]()
+    a, b = np.array([(ours(), theirs()) for _ in range(TURNS)]).T
     ratio = f"{np.median(a / b):.2f} ({min(a / b):.2f} to {max(a / b):.2f})"
     return f"| {title} | {np.median(a):,.4g} | {np.median(b):,.4g} | {ratio} |"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=[""], help="words of their titles")
-    parser.add_argument("--smallest", action="store_true", help="see that every row runs")
-    args = parser.parse_args()
-    globals().update(SMALLEST if args.smallest else {})
+    words = sys.argv[1:] or [""]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         prepare()
         print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
         print("| | ours | theirs | ratio (range) |\n|---|--:|--:|--:|")
         for title in ROWS:
-            if any(word in title for word in args.rows):
+            if any(word in title for word in words):
                 print(measure(title), flush=True)
         os.chdir(TESTS)
 

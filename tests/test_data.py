@@ -66,7 +66,7 @@ def test_links_to_folders_are_followed_once(capsys):
     save("a/cat/1.png", 1)
     save("a/dog/2.png", 2)
     save("elsewhere/3.png", 3)
-    for name, target in (("cat/again", "."), ("dog/up", ".."), ("ant", "cat"), ("pet", "cat"),
+    for name, target in (("cat/again", "."), ("dog/up", ".."), ("pet", "cat"),
                          ("x", "../elsewhere"), ("y", "../elsewhere")):
         Path("a", name).symlink_to(target)
     assert load("a", 16) == ([1, 2, 3], [0, 1, 2])

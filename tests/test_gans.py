@@ -1,4 +1,4 @@
-"""DCGAN: networks, the training step against a plain one."""
+"""The GANs: networks, labels, the training step against a plain one."""
 import copy
 
 import pytest
@@ -6,13 +6,14 @@ import torch
 from conftest import checkpoint
 from torch import nn
 
+import cgan
 import data
 import dcgan
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_shapes(size, channels):
+def test_shapes_of_dcgan(size, channels):
     G, D = dcgan.Generator(size, channels, 10, 2), dcgan.Discriminator(size, channels, 2)
     images = G(torch.randn(3, 10))
     assert images.shape == (3, channels, size, size) and images.abs().max() <= 1
@@ -31,8 +32,22 @@ def test_number_and_initial_values_of_weights():
         assert slopes <= {0.2}
 
 
+@pytest.mark.parametrize("shape, classes", [((1, 28, 28), 10), ((3, 16, 16), 3), ((1, 9, 9), 0)])
+def test_shapes_of_cgan_and_where_the_label_enters(shape, classes):
+    G, D = cgan.Generator(shape, classes, 20, 8), cgan.Discriminator(shape, classes, 8)
+    y = torch.tensor([2, 0, 1, 1]) if classes else None
+    images = G(torch.randn(4, 20), y)
+    assert images.shape == (4, *shape) and images.abs().max() <= 1
+    assert D(images, y).shape == (4,)
+    assert G.layers[0].in_features == 20 + classes
+    assert D.layers[0].in_features == images[0].numel() + classes
+    joined = cgan.join(images.flatten(1), y, classes)
+    assert joined[:, :-classes or None].equal(images.flatten(1))
+    assert classes != 3 or joined[:, -3:].tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
 def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
-    """Three steps of Algorithm 1, written plainly from the same start with --ema 0.9, give it."""
+    """Three steps of Algorithm 1, written plainly from the same start with --ema 0.15, give it."""
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), lr, (beta1, 0.999)) for net in (G, D)]
     bce = nn.BCEWithLogitsLoss()
     ema, rows = copy.deepcopy(G.state_dict()), []
@@ -51,7 +66,7 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
         loss_G = bce(D(fake, *y), ones)
         loss_G.backward()
         opt_G.step()
-        decay = min(0.9, step / (step + 9))
+        decay = min(0.15, step / (step + 9))
         for key, value in G.state_dict().items():
             if value.is_floating_point():  # BatchNorm's statistics among them
                 ema[key] = decay * ema[key] + (1 - decay) * value
@@ -64,10 +79,21 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
         assert list(row.values())[3:] == pytest.approx([float(v) for v in expected], rel=1e-3)
 
 
-def test_training_is_that_of_a_plain_loop(run, images, tmp_path):
+def test_training_of_dcgan(run, images, tmp_path):
     run("dcgan", tmp_path, "--max_steps", 3, "--lr", 1e-3, "--beta1", 0.75, "--seed", 3,
-        "--ema", 0.9)
+        "--ema", 0.15)
     batches = data.Batches(data.load(str(images), 16)[0], None, 8, 3, flip=True)
     torch.manual_seed(3)
     G, D = dcgan.Generator(16, 3, 8, 4), dcgan.Discriminator(16, 3, 4)
     check_against_a_plain_loop(checkpoint(tmp_path), G, D, batches, 3, 1e-3, 0.75)
+
+
+def test_training_of_cgan(run, tmp_path):
+    """Three steps by the script, in two parts."""
+    run("cgan", tmp_path, "--conditional", "--batch_size", 16, "--width", 32, "--limit", 640,
+        "--seed", 5, "--max_steps", 2, "--ema", 0.15, data="toy-digits")
+    run("cgan", tmp_path, "--resume", "--max_steps", 3)
+    batches = data.Batches(*data.load("toy-digits", 16, limit=640), 16, 5)
+    torch.manual_seed(5)
+    G, D = cgan.Generator((1, 16, 16), 10, 8, 32), cgan.Discriminator((1, 16, 16), 10, 32)
+    check_against_a_plain_loop(checkpoint(tmp_path), G, D, batches, 5, 2e-4, 0.5)
