@@ -1,4 +1,4 @@
-"""Image sets in, batches and files out: what the scripts share that is not about a model.
+"""Image sets, batches and output files, shared by the scripts.
 
     images, labels = load("celeba", 64)        # uint8 (N, 3, 64, 64), memory-mapped; None
     batches = Batches(images, labels, 128)
@@ -87,7 +87,7 @@ def load_files(path, name, size, data_dir, limit=0):
     names, root = list_files(path)
     if limit:  # from the files that look like images, if there are any
         known = Image.registered_extensions()
-        names = [name for name in names if Path(name).suffix.lower() in known] or names
+        names = [file for file in names if Path(file).suffix.lower() in known] or names
         names = [names[i] for i in evenly_spaced(len(names), min(limit, len(names)))]
     # a hidden file, so that the cache is not part of the set if data_dir is in its folder
     cache = data_dir / f".{name[:50]}{size}-{fingerprint(path, names)}.uint8"
@@ -112,8 +112,8 @@ def list_files(path):
         for folder, subfolders, files in os.walk(root, onerror=errors.append, followlinks=True):
             folder = Path(folder)
             subfolders.sort()
-            if folder.resolve() in seen:
-                subfolders.clear()  # a link to a folder that was read before, or around this one
+            if folder.resolve() in seen or "ckpt.pt" in files:
+                subfolders.clear()  # a link to a folder that was read before; the folder of a run
                 continue
             seen.add(folder.resolve())
             names += [(folder / file).relative_to(root).as_posix() for file in files
@@ -126,7 +126,7 @@ def list_files(path):
         except (zipfile.BadZipFile, OSError) as error:
             raise Error(f"{path} is not a folder, .zip, .npy or .npz: {error}") from error
         names = {name for name in root.root.namelist() if not name.endswith("/")}
-    return sorted(name for name in names if "/." not in "/" + name), root
+    return sorted(name for name in names if "/." not in "/" + name.removeprefix("./")), root
 
 
 def fingerprint(path, names):
@@ -165,6 +165,8 @@ def decode_image(root, name, size=None):
             mode = image.mode
             if mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel, which Pillow would clip")
+            if image.format == "EPS":
+                raise ValueError("a program, which Ghostscript would run")
             if size:
                 image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG faster
             image = ImageOps.exif_transpose(image)
@@ -269,7 +271,7 @@ def draw_toys(draw, size, limit):
 
 
 def draw_digit(number, size):
-    """The digit number mod 10, of random place, size and angle: uint8 (size, size, 1)."""
+    """The digit number mod 10, at a random position, size and angle: uint8 (size, size, 1)."""
     rng = np.random.default_rng(number)
     x, y, font_size, angle, ink = rng.integers((26, 28, 42, -25, 150), (39, 37, 59, 26, 256))
     image = Image.new("L", (64, 64))
@@ -345,7 +347,7 @@ class Batches:
         y = None if self.labels is None else self.to_device(self.labels[chosen])
         x = x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.flip:
-            half = (len(x) + i % 2) // 2  # if len(x) is odd, it alternates
+            half = (len(x) + i % 2) // 2  # of an odd number, one more in every second batch
             x[:half] = x[:half].flip(3)
         return x.contiguous(memory_format=self.memory_format), y
 

@@ -1,7 +1,7 @@
 """DCGAN: images from noise (Radford, Metz & Chintala 2015, https://arxiv.org/abs/1511.06434).
 
 Two convolutional networks compete. The discriminator D learns to tell real images from generated
-ones. The generator G learns to turn random vectors into images that D takes for real.
+ones. The generator G learns to turn random vectors into images that D classifies as real.
 
     python dcgan.py                             # CelebA at 64 px, into out/dcgan
     python dcgan.py --data path/to/photos       # your own: a folder, .zip, .npy or .npz
@@ -50,8 +50,8 @@ OUT_DIR = "out/dcgan"   # the folder of the run
 MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = no limit
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
-LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
-SAVE_EVERY = 60         # seconds between two checkpoints
+LOG_EVERY = 50          # steps between two rows of the log
+SAVE_EVERY = 60         # seconds between two checkpoints, which are written with a row
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images, or all; 0 = none
 RESUME = False          # continue the run in OUT_DIR with its own settings
@@ -186,9 +186,10 @@ def pick_device():
 def check_fixed(ckpt, fixed):
     """Exit if one of these values, which must stay as they are, differs from the checkpoint's."""
     for key, value in fixed.items():
-        if value != ckpt["fixed"][key]:
-            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: give the "
-                     "same flags and data, or start a new run in another --out_dir")
+        kept = ckpt["fixed"].get(key, value)  # an edited script may have new ones
+        if value != kept:
+            sys.exit(f"error: the run has {key} {kept}, now it is {value}: give the same flags "
+                     "and data, or start a new run in another --out_dir")
 
 
 def train(out, ckpt=None):
@@ -228,6 +229,7 @@ def train(out, ckpt=None):
         G.compile()
         D.compile()
 
+    out.mkdir(parents=True, exist_ok=True)
     total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
     saved, recent = 0, []  # when the last checkpoint was saved; statistics since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total)
@@ -236,11 +238,11 @@ def train(out, ckpt=None):
         torch.manual_seed(SEED * 10**7 + step)  # so that a resumed run draws the same noise
         z = torch.randn(len(x), LATENT, device=device)
         fake, loss_D, loss_G, p_real, p_fake = train_step(G, D, opt_G, opt_D, x, z, autocast)
-        update_ema(ema, G, min(EMA, step / (step + 9)))  # averages a tenth of the steps so far
+        update_ema(ema, G, min(EMA, step / (step + 9)))  # at first over a tenth of the steps
         recent.append(torch.stack([loss_D, loss_G, p_real.mean(), p_fake.mean()]).detach())
 
         epoch = math.ceil(step / len(batches))
-        if step % (LOG_EVERY or total) == 0 or step == total:  # here the loop waits for the GPU
+        if step % max(1, LOG_EVERY) == 0 or step == total:  # here the loop waits for the GPU
             means = torch.stack(recent).mean(0).tolist()
             recent = []
             norm = nn.utils.get_total_norm([*G.parameters(), *D.parameters()]).item()
@@ -254,7 +256,7 @@ def train(out, ckpt=None):
                 ckpt = {name: part.state_dict() for name, part in parts.items()}
                 ckpt["settings"] = {key: globals()[key] for key in run_keys}
                 ckpt.update(script="dcgan", step=step, rows=rows, fixed=fixed)
-                with data.replacing(out / "ckpt.pt") as tmp:  # a kill leaves a whole ckpt.pt
+                with data.replacing(out / "ckpt.pt") as tmp:  # a kill leaves the old one
                     torch.save(ckpt, tmp)
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
@@ -264,7 +266,7 @@ def train(out, ckpt=None):
             data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
     print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume --out_dir {out}, "
-          "with a larger --epochs after the last step")
+          "after the last step with a larger --epochs")
     if FID:
         import fid
         samples = generate(ema, FID, SEED, device)
@@ -287,7 +289,7 @@ def parse_flags():
     source = Path(__file__).read_text("utf-8")
     hide = argparse.SUPPRESS  # no usage line; flags that are not given are left out
     parser = argparse.ArgumentParser(usage=hide, argument_default=hide)
-    for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
+    for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# ?(.*))?$", source, re.M):
         default = globals()[key]
         kind = dict(type=type(default))
         if isinstance(default, bool):
@@ -312,10 +314,12 @@ if __name__ == "__main__":
     if RESUME or SAMPLE:
         try:
             ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
-            assert ckpt["script"] == "dcgan", "another script's"
+            assert ckpt["script"] == "dcgan", "of another script"
         except Exception as error:  # torch.load raises many types on a damaged file
-            sys.exit(f"error: {out} has no checkpoint of dcgan.py ({error!r:.80}): train first")
-        for key, value in ckpt["settings"].items():  # the run's, except where a flag is given now
+            sys.exit(f"error: {out} has no checkpoint of this version of dcgan.py: {error!r:.80}. "
+                     "Train first, or give another --out_dir")
+        for key in run_keys:  # those of the run, except where a flag is given now
+            value = ckpt["settings"].get(key, globals()[key])
             if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
@@ -326,4 +330,4 @@ if __name__ == "__main__":
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint")
+        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint, if any")

@@ -38,7 +38,7 @@ LIMIT = 0               # use only N images, evenly spaced over the set; 0 = all
 FLIP = False            # mirror half of the images; not for digits
 EPOCHS = 10             # length of training, including the epochs before a resume
 BATCH_SIZE = 128        # images in a training step, over all processes together
-LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 at the last epoch
+LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 until the last step
 TIMESTEPS = 1000        # T, the number of noise steps
 SCHEDULE = "linear"     # how noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
 CHANNELS = 32           # channels of the U-Net at full size
@@ -60,8 +60,8 @@ OUT_DIR = "out/ddpm"    # the folder of the run
 MAX_STEPS = 0           # end training at step N, even if epochs are left; 0 = no limit
 DEVICE = "auto"         # cuda, mps or cpu; auto = a GPU if there is one
 COMPILE = True          # use torch.compile, on CUDA where Triton is installed
-LOG_EVERY = 50          # steps between two rows of the log; 0 = only the last step has one
-SAVE_EVERY = 60         # seconds between two checkpoints
+LOG_EVERY = 50          # steps between two rows of the log
+SAVE_EVERY = 60         # seconds between two checkpoints, which are written with a row
 SAMPLE_EVERY = 1        # epochs between two grids of samples; 0 = no pictures
 FID = 0                 # after training, FID of N samples against N images, or all; 0 = none
 RESUME = False          # continue the run in OUT_DIR with its own settings
@@ -70,7 +70,7 @@ LABEL = ""              # classes to draw, in turn: 7, or 2,0,2,6; empty = all c
 GUIDANCE = 1.0          # weight of the label in samples of a conditional network; 1 = no guidance
 SAMPLE_STEPS = 100      # steps from noise to an image, at most TIMESTEPS
 ETA = 1.0               # noise added in these steps: 1 = as much as in DDPM, 0 = none
-ORDER = 2               # 1: DDPM if ETA is 1, DDIM if it is 0; 2: DPM-Solver++(2M), which is faster
+ORDER = 2               # 1: DDPM if ETA is 1, DDIM if 0; 2: DPM-Solver++(2M), stochastic if ETA > 0
 
 # ---- network: the U-Net of Ho et al. (appendix B)
 
@@ -188,6 +188,7 @@ class UNet(nn.Module):
             self.label = nn.Embedding(classes + 1, emb_dim)
 
     def forward(self, x, t, y=None):
+        # public networks, and the code of Ho et al., count t from 0
         emb = self.time(embed_time(t - 1, self.channels))               # (B, emb_dim)
         if self.classes:
             y = torch.full_like(t, -1) if y is None else y
@@ -319,13 +320,14 @@ def to_uint8(x):
 
 
 def check_settings():
-    """Exit if a setting would silently give wrong images."""
+    """Exit if a setting would fail late, or silently give wrong images."""
     multiple = 2 ** (len(MULTS) - 1)
-    if IMAGE_SIZE % multiple or CHANNELS % 16:
+    if not INIT_FROM and (IMAGE_SIZE % multiple or CHANNELS % 16):
         sys.exit(f"error: {len(MULTS)} levels need a multiple of {multiple} as --image_size, and "
                  "GroupNorm a multiple of 16 as --channels")
-    if SAMPLE_STEPS < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
-        sys.exit("error: give --sample_steps of 1 or more, --order 1 or 2, --eta from 0 to 1")
+    if min(SAMPLE_STEPS, BATCH_SIZE) < 1 or ORDER not in (1, 2) or not 0 <= ETA <= 1:
+        sys.exit("error: give --sample_steps and --batch_size of 1 or more, --order 1 or 2, "
+                 "--eta from 0 to 1")
     if GUIDANCE != 1 and not CONDITIONAL:
         sys.exit("error: --guidance needs a network that was trained with --conditional")
     if CONDITIONAL and INIT_FROM:
@@ -353,9 +355,10 @@ def pick_device():
 def check_fixed(ckpt, fixed):
     """Exit if one of these values, which must stay as they are, differs from the checkpoint's."""
     for key, value in fixed.items():
-        if value != ckpt["fixed"][key]:
-            sys.exit(f"error: the run has {key} {ckpt['fixed'][key]}, now it is {value}: give the "
-                     "same flags and data, or start a new run in another --out_dir")
+        kept = ckpt["fixed"].get(key, value)  # an edited script may have new ones
+        if value != kept:
+            sys.exit(f"error: the run has {key} {kept}, now it is {value}: give the same flags "
+                     "and data, or start a new run in another --out_dir")
 
 
 def pick_labels(classes):
@@ -430,8 +433,8 @@ def train(out, ckpt=None, pretrained=None):
     ema = copy.deepcopy(net).eval()
     opt = torch.optim.Adam(net.parameters(), LR, fused=True)
     parts = dict(net=net, ema=ema, opt=opt)
-    fixed = dict(settings, timesteps=TIMESTEPS, schedule=SCHEDULE, init_from=INIT_FROM, seed=SEED,
-                 batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
+    fixed = dict(settings, conditional=CONDITIONAL, timesteps=TIMESTEPS, schedule=SCHEDULE,
+                 seed=SEED, batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
     step, rows, began = 0, [], time.time()
     if ckpt:
         check_fixed(ckpt, fixed)
@@ -447,6 +450,7 @@ def train(out, ckpt=None, pretrained=None):
         net.compile()
     model = DistributedDataParallel(net) if world > 1 else net
 
+    out.mkdir(parents=True, exist_ok=True)
     total = min(EPOCHS * len(batches), MAX_STEPS or math.inf)
     saved, recent = 0, []  # when the last checkpoint was saved; losses since the last row
     bar = tqdm(range(step + 1, total + 1), initial=step, total=total, disable=rank > 0)
@@ -456,13 +460,13 @@ def train(out, ckpt=None, pretrained=None):
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
         opt.param_groups[0]["lr"] = learning_rate(step, EPOCHS * len(batches))
         losses, t = train_step(model, opt, x_0, y, scales, autocast)
-        update_ema(ema, net, min(EMA, step / (step + 9)))  # averages a tenth of the steps so far
+        update_ema(ema, net, min(EMA, step / (step + 9)))  # at first over a tenth of the steps
         if rank > 0:
             continue
 
         recent.append((losses, t))
         epoch = math.ceil(step / len(batches))
-        if step % (LOG_EVERY or total) == 0 or step == total:  # here the loop waits for the GPU
+        if step % max(1, LOG_EVERY) == 0 or step == total:  # here the loop waits for the GPU
             losses, t = [torch.cat(values).cpu() for values in zip(*recent)]
             recent = []
             row = dict(loss=losses.mean().item())
@@ -479,7 +483,7 @@ def train(out, ckpt=None, pretrained=None):
                 ckpt = {name: part.state_dict() for name, part in parts.items()}
                 ckpt["settings"] = {key: globals()[key] for key in run_keys}
                 ckpt.update(script="ddpm", step=step, rows=rows, fixed=fixed, alpha_bar=alpha_bar)
-                with data.replacing(out / "ckpt.pt") as tmp:  # a kill leaves a whole ckpt.pt
+                with data.replacing(out / "ckpt.pt") as tmp:  # a kill leaves the old one
                     torch.save(ckpt, tmp)
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
@@ -493,7 +497,8 @@ def train(out, ckpt=None, pretrained=None):
 
     if rank == 0:
         print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume "
-              f"--out_dir {out}, with a larger --epochs after the last step")
+              f"--out_dir {out}; after the last step with a larger --epochs, from where the "
+              "learning rate rises again")
         if FID:
             import fid
             samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
@@ -514,7 +519,8 @@ def write_samples(out, ckpt=None, pretrained=None):
     net, alpha_bar = pretrained or (None, None)
     if ckpt:
         settings = network_settings(ckpt["fixed"]["shape"][0], ckpt["fixed"]["classes"])
-        check_fixed(ckpt, dict(settings, timesteps=TIMESTEPS, schedule=SCHEDULE))
+        check_fixed(ckpt, dict(
+            settings, conditional=CONDITIONAL, timesteps=TIMESTEPS, schedule=SCHEDULE))
         net, alpha_bar = net or UNet(**settings), ckpt["alpha_bar"]
         net.load_state_dict(ckpt["ema"])
     net.to(device, memory_format=layout).eval()
@@ -528,7 +534,7 @@ def parse_flags():
     source = Path(__file__).read_text("utf-8")
     hide = argparse.SUPPRESS  # no usage line; flags that are not given are left out
     parser = argparse.ArgumentParser(usage=hide, argument_default=hide)
-    for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# (.*))?$", source, re.M):
+    for key, comment in re.findall(r"^([A-Z][A-Z0-9_]*) = [^#\n]*(?:# ?(.*))?$", source, re.M):
         default = globals()[key]
         kind = dict(type=type(default))
         if isinstance(default, bool):
@@ -614,10 +620,12 @@ if __name__ == "__main__":
     if RESUME or SAMPLE and "INIT_FROM" not in flags:
         try:
             ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
-            assert ckpt["script"] == "ddpm", "another script's"
+            assert ckpt["script"] == "ddpm", "of another script"
         except Exception as error:  # torch.load raises many types on a damaged file
-            sys.exit(f"error: {out} has no checkpoint of ddpm.py ({error!r:.80}): train first")
-        for key, value in ckpt["settings"].items():  # the run's, except where a flag is given now
+            sys.exit(f"error: {out} has no checkpoint of this version of ddpm.py: {error!r:.80}. "
+                     "Train first, or give another --out_dir")
+        for key in run_keys:  # those of the run, except where a flag is given now
+            value = ckpt["settings"].get(key, globals()[key])
             if key not in flags and value != globals()[key]:
                 print(f"{key} = {value}, as in the run; in this file it is {globals()[key]}")
                 globals()[key] = value
@@ -626,11 +634,11 @@ if __name__ == "__main__":
     if INIT_FROM:
         pretrained = load_pretrained(INIT_FROM)
         IMAGE_SIZE = pretrained[0].shape[1]
-        print(f"IMAGE_SIZE = {IMAGE_SIZE}, as {INIT_FROM} has it")
+        print(f"network, image size ({IMAGE_SIZE}) and noise schedule are those of {INIT_FROM}")
     check_settings()
     try:
         write_samples(out, ckpt, pretrained) if SAMPLE else train(out, ckpt, pretrained)
     except data.Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint")
+        sys.exit(f"stopped: --resume --out_dir {out} continues from the last checkpoint, if any")

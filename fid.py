@@ -41,8 +41,8 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class WithoutPadding(nn.Module):
-    """Deviation 1: average pooling does not count the zeros of the padding. Torchvision's does, so
-    its result is divided by the share of pixels that are not padding."""
+    """Deviation 1 from torchvision: average pooling does not count the zeros of the padding, so
+    torchvision's result is divided by the share of pixels that are not padding."""
 
     def forward(self, pooled):
         return pooled / F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, stride=1, padding=1)
@@ -82,7 +82,7 @@ class Inception(torchvision_inception.Inception3):
                         f"({type(error).__name__}): get them from {URL}") from error
         self.eval().requires_grad_(False)
         for block in list(self.modules()):
-            if isinstance(block, torchvision_inception.BasicConv2d):  # BatchNorm joins the weights
+            if isinstance(block, torchvision_inception.BasicConv2d):  # folds BatchNorm into it
                 fused = nn.utils.fuse_conv_bn_eval(block.conv.double(), block.bn.double())
                 block.conv, block.bn = fused.float(), nn.Identity()
             elif hasattr(block, "branch_pool") and block is not self.Mixed_7c:
@@ -91,7 +91,8 @@ class Inception(torchvision_inception.Inception3):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        batches = images if isinstance(images, list) else [images]
+        # photos may be large: 16 at a time
+        batches = images if isinstance(images, list) else images.split(16)
         if any(batch.dtype != torch.uint8 for batch in batches):
             raise Error(f"Inception takes uint8 images, 0 to 255, not {batches[0].dtype}")
         weight = self.Conv2d_1a_3x3.conv.weight
@@ -261,14 +262,14 @@ def main():
     add("--weights", default="", help="Inception's state dict; downloaded once if not given")
     add("--save", default="", metavar="FILE.npz", help="write the statistics of one input")
     add("--num", type=int, default=0, help="a random subset of N images of each input; 0 = all")
-    add("--seed", type=int, default=0, help="of the random subset (default: %(default)s)")
-    add("--batch_size", type=int, default=64, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides the subset (default: %(default)s)")
+    add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (default: a GPU if there is one)")
-    add("--data_dir", default="data", help="of celeba and mnist")
-    add("--image_size", type=int, default=0, help="of celeba and mnist")
+    add("--data_dir", default="data", help="where celeba and mnist are")
+    add("--image_size", type=int, default=0, help="pixels of a named set; default: 64, digits 28")
     args = parser.parse_args()
-    if len(args.inputs) != (1 if args.save else 2):
-        parser.error("give two inputs, or one and --save FILE.npz")
+    if len(args.inputs) != (1 if args.save else 2) or args.save in args.inputs:
+        parser.error("give two inputs, or one and --save FILE.npz, another file")
     if args.num < 0 or args.batch_size < 1:
         parser.error("--num must be 0 or more, --batch_size 1 or more")
 

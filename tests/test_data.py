@@ -62,10 +62,12 @@ def test_folders_and_zips(names, expected, folder, zipped, capsys):
     assert all(f"{y} = {Path(name).parent.name}" in shown for name, y in zip(names, expected or []))
 
 
-def test_links_to_folders_are_followed_once(capsys):
+def test_links_to_folders_are_followed_once_and_runs_are_no_images(capsys):
     save("a/cat/1.png", 1)
     save("a/dog/2.png", 2)
     save("elsewhere/3.png", 3)
+    save("a/out/samples/1.png", 4)
+    Path("a/out/ckpt.pt").touch()
     for name, target in (("cat/again", "."), ("dog/up", ".."), ("pet", "cat"),
                          ("x", "../elsewhere"), ("y", "../elsewhere")):
         Path("a", name).symlink_to(target)
@@ -76,7 +78,7 @@ def test_links_to_folders_are_followed_once(capsys):
 def test_a_zip_is_read_in_memory_and_each_name_once(tmp_path):
     save("a.png", 7)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("in.zip", "w") as archive:
-        for name in ("a/b.png", "a/b.png", "../b.png", "/b.png", "n" * 300 + ".png"):
+        for name in ("./a/c.png", "a/b.png", "a/b.png", "../b.png", "n" * 300 + ".png"):
             archive.write("a.png", name)
     assert load("in.zip", 16)[0] == [7] * 3  # ../b.png counts as hidden
     assert not list(tmp_path.rglob("b.png"))
@@ -155,9 +157,11 @@ def test_what_cannot_be_read_is_named_with_the_reason(monkeypatch, capsys):
     save("bad/deep.png", 300, "I;16")
     Image.new("L", (99, 99)).save("bad/huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    Path("bad/program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     Path("bad/text.txt").write_text("text")
     for make, reason in (
-            (lambda: "bad", "deep.png: .*8 bits.*huge.png: .*pixels.*text.txt: .*identify"),
+            (lambda: "bad", "deep.png: .*8 bits.*huge.png: .*pixels.*program.png: .*Ghostscript"
+                            ".*text.txt: .*identify"),
             (lambda: zip_with(flag=1), "1.png: .*password"),
             (lambda: zip_with(method=9), "1.png: .*compression")):
         with pytest.raises(data.Error, match=reason) as error:
@@ -167,7 +171,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(monkeypatch, capsys):
     save("bad/good.png", 7)
     assert load("bad", 16)[0] == [7]
     err = capsys.readouterr().err
-    assert "3 of 4" in err and "deep.png" in err
+    assert "4 of 5" in err and "deep.png" in err
 
 
 class Dangerous:

@@ -191,6 +191,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(command, capsys):
     before = os.listdir()
     for line, message in {
             "images.npy": "two inputs", "images.npy other.npy --save a.npz": "two inputs",
+            "images.npy --save images.npy": "another file",
             "images.npy other.npy --num -1": "--num", "images.npy other.npy --num 31": "30 images",
             "images.npy other.npy --num 1": "two or more", "images.npy nowhere": "nowhere",
             "images.npy cut.npz": "cut.npz", "images.npy pickle.npz": "pickle.npz",

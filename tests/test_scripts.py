@@ -29,6 +29,7 @@ MISTAKES = dict(  # of one script alone
     cgan=["--conditional", "--label 0"],
     ddpm=["--image_size 17", "--channels 24", "--sample_steps 0", "--order 3", "--eta 2",
           "--guidance 2", "--conditional", "--label 0",
+          "--sample 3 --out_dir run --conditional", "--sample 3 --out_dir run --batch_size 0",
           "--init_from payload/ckpt.pt"])
 
 
