@@ -1,6 +1,6 @@
 """The speed of the scripts against what a user would run instead, side by side in one run.
 
-    python tests/bench.py 2>log.txt             # all rows, some minutes
+    python tests/bench.py 2>log.txt     # all rows, some minutes
     python tests/bench.py cgan batches   # those with one of these words in their titles
 
 Ours and theirs take turns. A row shows both medians, in images a second, and the ratio, its median
@@ -64,10 +64,6 @@ def rate(number, work):
     return number / (time.perf_counter() - began)
 
 
-def python(*args):
-    subprocess.run([sys.executable, *args], check=True, stdout=subprocess.DEVNULL)
-
-
 def make_loader(source, workers=2):
     """The data loader of the tutorials: of MNIST, or of a folder of photos."""
     steps = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
@@ -120,7 +116,8 @@ def compare_training(script, source, steps, make_loop):
         out = tempfile.mkdtemp(dir=".")
         flags = (f"--data {source} --out_dir {out} --batch_size {BATCH} --epochs 1000000 "
                  f"--max_steps {3 * steps} --log_every {steps} --sample_every 0")
-        python(script.__file__, *flags.split())
+        command = [sys.executable, script.__file__, *flags.split()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = np.genfromtxt(Path(out, "log.csv"), delimiter=",", names=True)["time"]
         return steps * BATCH / (seconds[-1] - seconds[-2])
 

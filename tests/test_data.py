@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import Payload
 from PIL import Image
 
 import data
@@ -174,15 +175,10 @@ def test_what_cannot_be_read_is_named_with_the_reason(monkeypatch, capsys):
     assert "4 of 5" in err and "deep.png" in err
 
 
-class Dangerous:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
 def test_a_wrong_source_is_one_line_and_no_pickle_is_executed():
     Path("folder").mkdir()
-    np.savez("pickle.npz", np.array([Dangerous()]))
-    np.save("pickle.npy", np.array([Dangerous()]))
+    np.savez("pickle.npz", np.array([Payload()]))
+    np.save("pickle.npy", np.array([Payload()]))
     np.save("float.npy", np.zeros((2, 4, 4, 3)))
     for cut in ("cut.zip", "cut.npy"):
         Path(cut).write_bytes(b"PK\3\4")

@@ -2,7 +2,6 @@
 import importlib.util
 import os
 import re
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -254,15 +253,6 @@ def test_what_does_not_predict_eps_is_refused(change, hub):
     with pytest.raises(SystemExit, match="^error: .*--init_from") as end:
         ddpm.load_pretrained(str(folder))
     assert len(str(end.value).splitlines()) == 1
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    (tmp_path / "diffusion.pt").touch()
-    for package, source, name in (("diffusers", tmp_path, "diffusers"),
-                                  ("GenerativeDiffusion", tmp_path / "diffusion.pt", "DLStudio")):
-        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
-        with pytest.raises(SystemExit, match=f"^error: .*pip install .*{name}"):
-            ddpm.load_pretrained(str(source))
 
 
 def test_the_weights_of_dlstudio(run, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, checkpoint, log_rows, pictures, same
+from conftest import ENVIRONMENT, ROOT, TINY, Payload, checkpoint, log_rows, pictures, same
 from PIL import Image
 
 import data
@@ -246,11 +246,6 @@ def test_divergence_keeps_the_last_checkpoint(script, what, run, tmp_path, monke
     with pytest.raises(SystemExit, match="error: diverged by step"):
         run(script, tmp_path, "--resume", "--epochs", 2, *flags)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-
-
-class Payload:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
 
 
 @each
