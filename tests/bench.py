@@ -1,7 +1,6 @@
 """The speed of the scripts against what a user would run instead, side by side in one run.
 
-    python tests/bench.py 2>log.txt     # all rows, some minutes
-    python tests/bench.py cgan batches   # those with one of these words in their titles
+    python tests/bench.py 2>log.txt     # some minutes; needs pytorch-fid
 
 Ours and theirs take turns. A row shows both medians, in images a second, and the ratio, its median
 and range: above 1, ours is faster. Theirs is what tutorials do: float32, eager mode, BCELoss on a
@@ -165,24 +164,17 @@ ROWS = {  # each returns two functions, for one figure of ours and one of theirs
 }
 
 
-def measure(title):
-    """The row's line of the table."""
-    ours, theirs = ROWS[title]()
-    a, b = np.array([(ours(), theirs()) for _ in range(TURNS)]).T
-    ratio = f"{np.median(a / b):.2f} ({min(a / b):.2f} to {max(a / b):.2f})"
-    return f"| {title} | {np.median(a):,.4g} | {np.median(b):,.4g} | {ratio} |"
-
-
 def main():
-    words = sys.argv[1:] or [""]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         prepare()
         print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
         print("| | ours | theirs | ratio (range) |\n|---|--:|--:|--:|")
-        for title in ROWS:
-            if any(word in title for word in words):
-                print(measure(title), flush=True)
+        for title, row in ROWS.items():
+            ours, theirs = row()
+            a, b = np.array([(ours(), theirs()) for _ in range(TURNS)]).T
+            ratio = f"{np.median(a / b):.2f} ({min(a / b):.2f} to {max(a / b):.2f})"
+            print(f"| {title} | {np.median(a):,.4g} | {np.median(b):,.4g} | {ratio} |", flush=True)
         os.chdir(TESTS)
 
 
