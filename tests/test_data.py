@@ -80,7 +80,7 @@ def test_a_zip_is_read_in_memory_and_each_name_once(tmp_path):
     save("a.png", 7)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("in.zip", "w") as archive:
         for name in ("./a/c.png", "a/b.png", "a/b.png", "../b.png", "n" * 300 + ".png"):
-            archive.write("a.png", name)
+            archive.writestr(name, Path("a.png").read_bytes())
     assert load("in.zip", 16)[0] == [7] * 3  # ../b.png counts as hidden
     assert not list(tmp_path.rglob("b.png"))
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(monkeypatch, capsys):
     Path("bad/program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     Path("bad/text.txt").write_text("text")
     for make, reason in (
-            (lambda: "bad", "deep.png: .*8 bits.*huge.png: .*pixels.*program.png: .*Ghostscript"
+            (lambda: "bad", "deep.png: .*8 bits.*huge.png: .*pixels.*program.png: a program"
                             ".*text.txt: .*identify"),
             (lambda: zip_with(flag=1), "1.png: .*password"),
             (lambda: zip_with(method=9), "1.png: .*compression")):

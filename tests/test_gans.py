@@ -46,8 +46,8 @@ def test_shapes_of_cgan_and_where_the_label_enters(shape, classes):
     assert classes != 3 or joined[:, -3:].tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
-def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
-    """Three steps of Algorithm 1, written plainly from the same start with --ema 0.15, give it."""
+def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1, limit):
+    """Three steps of Algorithm 1, written plainly from the same start, give it. limit: --ema"""
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), lr, (beta1, 0.999)) for net in (G, D)]
     bce = nn.BCEWithLogitsLoss()
     ema, rows = copy.deepcopy(G.state_dict()), []
@@ -66,7 +66,7 @@ def check_against_a_plain_loop(ckpt, G, D, batches, seed, lr, beta1):
         loss_G = bce(D(fake, *y), ones)
         loss_G.backward()
         opt_G.step()
-        decay = min(0.15, step / (step + 9))
+        decay = min(limit, step / (step + 9))
         for key, value in G.state_dict().items():
             if value.is_floating_point():  # BatchNorm's statistics among them
                 ema[key] = decay * ema[key] + (1 - decay) * value
@@ -85,15 +85,15 @@ def test_training_of_dcgan(run, images, tmp_path):
     batches = data.Batches(data.load(str(images), 16)[0], None, 8, 3, flip=True)
     torch.manual_seed(3)
     G, D = dcgan.Generator(16, 3, 8, 4), dcgan.Discriminator(16, 3, 4)
-    check_against_a_plain_loop(checkpoint(tmp_path), G, D, batches, 3, 1e-3, 0.75)
+    check_against_a_plain_loop(checkpoint(tmp_path), G, D, batches, 3, 1e-3, 0.75, 0.15)
 
 
 def test_training_of_cgan(run, tmp_path):
     """Three steps by the script, in two parts."""
     run("cgan", tmp_path, "--conditional", "--batch_size", 16, "--width", 32, "--limit", 640,
-        "--seed", 5, "--max_steps", 2, "--ema", 0.15, data="toy-digits")
+        "--seed", 5, "--max_steps", 2, "--ema", 0.9, data="toy-digits")
     run("cgan", tmp_path, "--resume", "--max_steps", 3)
     batches = data.Batches(*data.load("toy-digits", 16, limit=640), 16, 5)
     torch.manual_seed(5)
     G, D = cgan.Generator((1, 16, 16), 10, 8, 32), cgan.Discriminator((1, 16, 16), 10, 32)
-    check_against_a_plain_loop(checkpoint(tmp_path), G, D, batches, 5, 2e-4, 0.5)
+    check_against_a_plain_loop(checkpoint(tmp_path), G, D, batches, 5, 2e-4, 0.5, 0.9)
