@@ -211,6 +211,7 @@ def train(out, ckpt=None):
     G = Generator(IMAGE_SIZE, channels, LATENT, WIDTH).to(device, memory_format=layout)
     D = Discriminator(IMAGE_SIZE, channels, WIDTH).to(device, memory_format=layout)
     ema = copy.deepcopy(G).eval()
+    # on a CPU, fused Adam is wrong where weights and moments lie in memory differently
     adam = dict(lr=LR, betas=(BETA1, 0.999), fused=device.type != "cpu")
     opt_G, opt_D = [torch.optim.Adam(net.parameters(), **adam) for net in (G, D)]
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)

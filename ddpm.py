@@ -371,7 +371,7 @@ def pick_labels(classes):
     return torch.tensor([int(label) for label in labels])
 
 
-def generate(num, net, alpha_bar, labels, device, autocast):
+def generate(net, alpha_bar, labels, num, device, autocast):
     """Yield `num` samples in batches: the images, uint8 (B, C, H, W), and a list of x_T, ..., x_0
     of the first eight. SEED, i and BATCH_SIZE decide the noise of batch i."""
     size = min(64, BATCH_SIZE)
@@ -487,7 +487,7 @@ def train(out, ckpt=None, pretrained=None):
                     torch.save(ckpt, tmp)
                 saved = time.time()
         if SAMPLE_EVERY and (step == total or step % (SAMPLE_EVERY * len(batches)) == 0):
-            samples = generate(64, ema, alpha_bar, sample_labels, device, autocast)
+            samples = generate(ema, alpha_bar, sample_labels, 64, device, autocast)
             grid, states = next(samples)
             path = out / "samples" / f"epoch_{epoch:04}.png"
             data.save_grid(grid, path, len(sample_labels))
@@ -501,7 +501,7 @@ def train(out, ckpt=None, pretrained=None):
               "learning rate rises again")
         if FID:
             import fid
-            samples = generate(FID, ema, alpha_bar, sample_labels, device, autocast)
+            samples = generate(ema, alpha_bar, sample_labels, FID, device, autocast)
             score = fid.compare((batch for batch, _ in samples), images, FID, SEED, device)
             print(f"FID {score:.4f} of {FID} samples")
     if world > 1:
@@ -525,7 +525,7 @@ def write_samples(out, ckpt=None, pretrained=None):
         net.load_state_dict(ckpt["ema"])
     net.to(device, memory_format=layout).eval()
     labels = pick_labels(net.classes)
-    samples = generate(SAMPLE, net, alpha_bar, labels, device, autocast)
+    samples = generate(net, alpha_bar, labels, SAMPLE, device, autocast)
     data.save_samples((batch for batch, _ in samples), SAMPLE, out, len(labels))
 
 
