@@ -12,7 +12,8 @@ image. With its predictions, pure noise is turned back into an image.
     torchrun --nproc_per_node=4 ddpm.py --batch_size 512 --out_dir out/four # on four of them
     python ddpm.py --init_from google/ddpm-cifar10-32 --sample 64 --out_dir out/cifar10
 
-Measured: after 4 epochs of MNIST, tests/classify.py recognizes 84 % of 192 samples in 50 steps.
+Measured: 10 epochs of MNIST took 2 h 30 min on one core of an AMD EPYC, with --dtype bfloat16. Of
+320 samples in 20 steps, tests/classify.py recognizes 89 % as digits with p > 0.9.
 """
 import argparse
 import copy

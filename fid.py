@@ -91,8 +91,7 @@ class Inception(torchvision_inception.Inception3):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        # photos may be large: 16 at a time
-        batches = images if isinstance(images, list) else images.split(16)
+        batches = images if isinstance(images, list) else images.split(16)  # photos may be large
         if any(batch.dtype != torch.uint8 for batch in batches):
             raise Error(f"Inception takes uint8 images, 0 to 255, not {batches[0].dtype}")
         weight = self.Conv2d_1a_3x3.conv.weight
@@ -275,7 +274,7 @@ def main():
 
     inputs = [open_input(name, args) for name in args.inputs]  # finds mistakes before the work
     gpu = torch.accelerator.current_accelerator(check_available=True)
-    device = (gpu or "cpu") if args.device == "auto" else args.device
+    device = gpu or "cpu" if args.device == "auto" else args.device
     inception, gaussians = None, []
     for name, (gaussian, batches, total) in zip(args.inputs, inputs):
         if gaussian is None:
