@@ -269,8 +269,8 @@ def train(out, ckpt=None):
             data.save_curves(rows, out / "loss.png")
             data.save_histograms(out / "prob" / name, D=(p_real, p_fake), pixels=(x, fake))
 
-    print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume --out_dir {out}, "
-          "after the last step with a larger --epochs")
+    print(f"step {step} of {EPOCHS * len(batches)} is done, see {out}; to go on: --resume "
+          f"--out_dir {out}, after the last step with a larger --epochs")
     if FID:
         import fid
         samples = generate(ema, sample_labels, FID, SEED, device)
@@ -322,7 +322,7 @@ if __name__ == "__main__":
             ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
             assert ckpt["script"] == "cgan", "of another script"
         except Exception as error:  # torch.load raises many types on a damaged file
-            sys.exit(f"error: {out} has no checkpoint of this version of cgan.py: {error!r:.80}. "
+            sys.exit(f"error: no checkpoint of this cgan.py in {out}: {error!r:.80}. "
                      "Train first, or give another --out_dir")
         for key in run_keys:  # those of the run, except where a flag is given now
             value = ckpt["settings"].get(key, globals()[key])

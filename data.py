@@ -406,9 +406,11 @@ def save_curves(rows, path):
     """Plot the columns of the log, apart from epoch and time, over steps."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
+    if not rows:
+        return
     figure = Figure(layout="tight")
     ax = figure.subplots()
-    for name in list(rows[0])[3:] if rows else []:
+    for name in list(rows[0])[3:]:
         ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
     ax.set(xlabel="step", yscale="log")
     figure.legend()

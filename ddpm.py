@@ -497,7 +497,7 @@ def train(out, ckpt=None, pretrained=None):
             data.save_curves(rows, out / "loss.png")
 
     if rank == 0:
-        print(f"step {step} of {EPOCHS * len(batches)} is done; to continue: --resume "
+        print(f"step {step} of {EPOCHS * len(batches)} is done, see {out}; to go on: --resume "
               f"--out_dir {out}; after the last step with a larger --epochs, from where the "
               "learning rate rises again")
         if FID:
@@ -623,7 +623,7 @@ if __name__ == "__main__":
             ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
             assert ckpt["script"] == "ddpm", "of another script"
         except Exception as error:  # torch.load raises many types on a damaged file
-            sys.exit(f"error: {out} has no checkpoint of this version of ddpm.py: {error!r:.80}. "
+            sys.exit(f"error: no checkpoint of this ddpm.py in {out}: {error!r:.80}. "
                      "Train first, or give another --out_dir")
         for key in run_keys:  # those of the run, except where a flag is given now
             value = ckpt["settings"].get(key, globals()[key])
