@@ -211,9 +211,8 @@ def train(out, ckpt=None):
     G = Generator(IMAGE_SIZE, channels, LATENT, WIDTH).to(device, memory_format=layout)
     D = Discriminator(IMAGE_SIZE, channels, WIDTH).to(device, memory_format=layout)
     ema = copy.deepcopy(G).eval()
-    # on a CPU, fused Adam is wrong where weights and moments lie in memory differently
-    adam = dict(lr=LR, betas=(BETA1, 0.999), fused=device.type != "cpu")
-    opt_G, opt_D = [torch.optim.Adam(net.parameters(), **adam) for net in (G, D)]
+    opt_G, opt_D = [torch.optim.Adam(net.parameters(), LR, (BETA1, 0.999), fused=True)
+                    for net in (G, D)]
     parts = dict(G=G, D=D, ema=ema, opt_G=opt_G, opt_D=opt_D)
     fixed = dict(image_size=IMAGE_SIZE, channels=channels, latent=LATENT, width=WIDTH,
                  seed=SEED, batch_size=BATCH_SIZE, steps_per_epoch=len(batches))
@@ -222,10 +221,13 @@ def train(out, ckpt=None):
         check_fixed(ckpt, fixed)
         step, rows = ckpt["step"], ckpt["rows"]
         began -= rows[-1]["time"]
-        for opt in ("opt_G", "opt_D"):  # learning rate and betas are those of the flags
-            ckpt[opt]["param_groups"] = parts[opt].state_dict()["param_groups"]
         for name, part in parts.items():
             part.load_state_dict(ckpt[name])
+        for opt in (opt_G, opt_D):  # a flag given now has priority
+            opt.param_groups[0].update(lr=LR, betas=(BETA1, 0.999))
+            for weight, state in opt.state.items():
+                for key in ("exp_avg", "exp_avg_sq"):  # fused Adam needs the layout of the weight
+                    state[key] = torch.empty_like(weight).copy_(state[key])
     if COMPILE and device.type == "cuda" and importlib.util.find_spec("triton"):
         G.compile()
         D.compile()

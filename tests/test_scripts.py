@@ -147,6 +147,23 @@ def test_resume_is_exact_and_pictures_do_not_change_a_run(script, run, tmp_path)
         assert not same(checkpoint(tmp_path / "straight"), checkpoint(tmp_path / name))
 
 
+@pytest.mark.parametrize("script, name", [("dcgan", "G"), ("ddpm", "net")])
+def test_resume_may_change_how_weights_lie_in_memory(script, name, run, tmp_path, monkeypatch):
+    """As from a GPU to MPS. Adam's fused step reads weights and moments as plain memory."""
+    # the same noise in both layouts: randn_like fills memory in its order
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape) + torch.zeros_like(x))
+    run(script, tmp_path / "a", "--max_steps", 5)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before = checkpoint(tmp_path / "a")[name]
+    run(script, tmp_path / "a", "--resume", "--max_steps", 6)
+    monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
+    run(script, tmp_path / "b", "--resume", "--max_steps", 6)
+    a, b = checkpoint(tmp_path / "a")[name], checkpoint(tmp_path / "b")[name]
+    pairs = [(a[key] - before[key], a[key] - b[key]) for key in a if a[key].ndim == 4]
+    way, error = [sum(change.square().sum() for change in changes) for changes in zip(*pairs)]
+    assert 0 < error < 1e-3 * way  # not 0, for sums are taken in another order
+
+
 @each
 def test_fid_at_the_end_is_of_the_images_of_the_flag_sample(
         script, run, images, tmp_path, monkeypatch, capsys):
