@@ -241,7 +241,7 @@ def train(out, ckpt=None):
         torch.manual_seed(SEED * 10**7 + step)  # so that a resumed run draws the same noise
         z = torch.randn(len(x), LATENT, device=device)
         fake, loss_D, loss_G, p_real, p_fake = train_step(G, D, opt_G, opt_D, x, z, autocast)
-        update_ema(ema, G, min(EMA, step / (step + 9)))  # at first over a tenth of the steps
+        update_ema(ema, G, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
         recent.append(torch.stack([loss_D, loss_G, p_real.mean(), p_fake.mean()]).detach())
 
         epoch = math.ceil(step / len(batches))

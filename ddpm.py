@@ -39,7 +39,7 @@ LIMIT = 0               # use only N images, evenly spaced over the set; 0 = all
 FLIP = False            # mirror half of the images; not for digits
 EPOCHS = 10             # length of training, including the epochs before a resume
 BATCH_SIZE = 128        # images in a training step, over all processes together
-LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 until the last step
+LR = 1e-3               # Adam's learning rate after warm-up; it falls to 0 by the last step
 TIMESTEPS = 1000        # T, the number of noise steps
 SCHEDULE = "linear"     # how noise grows: linear (Ho et al.) or cosine (Nichol & Dhariwal)
 CHANNELS = 32           # channels of the U-Net at full size
@@ -461,7 +461,7 @@ def train(out, ckpt=None, pretrained=None):
         torch.manual_seed((SEED * 10**7 + step) * world + rank)
         opt.param_groups[0]["lr"] = learning_rate(step, EPOCHS * len(batches))
         losses, t = train_step(model, opt, x_0, y, scales, autocast)
-        update_ema(ema, net, min(EMA, step / (step + 9)))  # at first over a tenth of the steps
+        update_ema(ema, net, min(EMA, step / (step + 9)))  # at first, over a tenth of the steps
         if rank > 0:
             continue
 
